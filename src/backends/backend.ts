@@ -1,0 +1,73 @@
+import type { Graph } from "../ir/graph.js";
+import type { HostTensor } from "../ir/tensor.js";
+import type { Plan } from "../plan/plan.js";
+import type { KernelRow } from "../plan/select.js";
+
+/** What a device can do, as kernel requirements and the memory planner ask for it. Sizes in bytes. */
+export interface Capabilities {
+  /** Feature names in the backend's own words, e.g. `shader-f16`, `subgroups`. */
+  readonly features: ReadonlySet<string>;
+  readonly maxBinding: number;
+  readonly maxBuffer: number;
+  readonly workgroupMemory: number;
+  readonly maxInvocations: number;
+  readonly maxWorkgroupsPerDimension: number;
+  readonly maxStorageBuffers: number;
+  /** The sizes a subgroup may have; [0, 0] without subgroups. */
+  readonly subgroupSize: readonly [min: number, max: number];
+  /** Figures the roofline ranks with: bytes/s, f32 operations/s, seconds per dependent dispatch. */
+  readonly bandwidth: number;
+  readonly flops: number;
+  readonly dispatchSeconds: number;
+}
+
+/** A device as people see it. */
+export interface DeviceInfo {
+  readonly backend: string;
+  readonly name: string;
+  readonly kind: "hardware" | "software" | "reference" | "injected" | "trace";
+  /** Why this device was taken, in a sentence. */
+  readonly reason: string;
+  readonly detail: Readonly<Record<string, string>>;
+}
+
+/** Supplies weights by name, one at a time; the result may be dropped once uploaded. */
+export type WeightSource = (name: string) => HostTensor | Promise<HostTensor>;
+
+export interface LoadOptions {
+  readonly signal?: AbortSignal;
+  /** Called after each weight with the bytes uploaded so far and in all. */
+  readonly onProgress?: (done: number, total: number) => void;
+}
+
+/** THE SEAM. Everything a backend offers; the planner sees only its kernel rows and capabilities. */
+export interface BackendDevice extends AsyncDisposable {
+  readonly info: DeviceInfo;
+  readonly capabilities: Capabilities;
+  readonly kernels: readonly KernelRow[];
+  /** Live bytes held on the device for this device's programs. */
+  readonly bytes: number;
+  /** Resolves with the reason when the device is lost. */
+  readonly lost: Promise<string>;
+  load(plan: Plan, weights: WeightSource, options?: LoadOptions): Promise<Executable>;
+}
+
+/** Counts of one executable since it was loaded. */
+export interface ExecutableStatistics {
+  readonly submits: number;
+  readonly dispatches: number;
+  /** Host time spent encoding and submitting, in seconds. */
+  readonly encodeSeconds: number;
+}
+
+/** A plan resident on a device. Calls take effect in order; only `read` waits for the device. */
+export interface Executable extends Disposable {
+  readonly graph: Graph;
+  readonly statistics: ExecutableStatistics;
+  /** Writes an input or a state from its first element on. Throws `shape/mismatch`, `dtype/mismatch`. */
+  write(name: string, tensor: HostTensor): void;
+  /** Enqueues one run of every step with these symbol values. */
+  submit(symbols: Readonly<Record<string, number>>): void;
+  /** Reads an output or a state as the last submitted run leaves it. */
+  read(name: string): Promise<HostTensor>;
+}

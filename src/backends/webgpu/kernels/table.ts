@@ -1,0 +1,21 @@
+import type { WebGpuKernel } from "../kernel.js";
+import { ELEMENTWISE_KERNELS } from "./elementwise.js";
+import { GEMV_KERNELS } from "./gemv.js";
+import { PLAIN_KERNELS } from "./plain.js";
+import { ROPE_KERNELS } from "./rope.js";
+import { ROW_KERNELS } from "./rows.js";
+import { SAMPLE_KERNELS } from "./sample.js";
+import { SDPA_KERNELS } from "./sdpa.js";
+import { TILE_KERNELS } from "./tile.js";
+
+/** THE WEBGPU KERNEL TABLE. A hand-tuned kernel for a format is one more row. */
+export const WEBGPU_KERNELS: readonly WebGpuKernel[] = [
+  ...GEMV_KERNELS,
+  ...TILE_KERNELS,
+  ...PLAIN_KERNELS,
+  ...ROW_KERNELS,
+  ...ROPE_KERNELS,
+  ...SDPA_KERNELS,
+  ...ELEMENTWISE_KERNELS,
+  ...SAMPLE_KERNELS,
+];

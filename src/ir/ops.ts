@@ -1,0 +1,225 @@
+import { FewbitError } from "../core/errors.js";
+import { extentOf, type Format, formatKey } from "../formats/format.js";
+import type { Dim, TensorType } from "./graph.js";
+
+export type UnaryFn = "relu" | "gelu" | "gelu_tanh" | "silu";
+export type BinaryFn = "add" | "mul";
+
+/** The attributes of each op. A `position` names the symbol that counts the tokens already in the KV cache. */
+export interface OpAttrs {
+  embedding: { readonly scale?: number };
+  rmsnorm: { readonly eps: number };
+  linear: Record<string, never>;
+  rope: { readonly heads: number; readonly position: string };
+  kv_write: { readonly position: string };
+  sdpa: {
+    readonly heads: number;
+    readonly kvHeads: number;
+    readonly scale: number;
+    readonly causal: boolean;
+    readonly position: string;
+  };
+  unary: { readonly fn: UnaryFn };
+  binary: { readonly fn: BinaryFn };
+  quantize: { readonly format: Format };
+  dequantize: Record<string, never>;
+  last_row: Record<string, never>;
+  sample: Record<string, never>;
+}
+export type OpName = keyof OpAttrs;
+
+/** What an op takes and makes. `infer` is the shape rule; `flops` counts multiply-adds as two, by concrete shapes. */
+export interface OpSpec<Op extends OpName> {
+  readonly operands: readonly string[];
+  /** How many trailing operands may be left out. */
+  readonly optional?: number;
+  /** Output `i` is input `aliases[i]`, updated in place. */
+  readonly aliases?: Readonly<Record<number, number>>;
+  infer(types: readonly TensorType[], attrs: OpAttrs[Op], where: string): TensorType[];
+  flops(shapes: readonly (readonly number[])[], attrs: OpAttrs[Op]): number;
+}
+
+const f32 = (shape: readonly Dim[]): TensorType => ({ kind: "dense", dtype: "f32", shape });
+const at = <T>(list: readonly T[], index: number): T => list[index] as T;
+const elements = (shape: readonly number[] | undefined): number => (shape ?? []).reduce((a, b) => a * b, 1);
+
+function requireDense(type: TensorType, dtype: string, what: string): readonly Dim[] {
+  if (type.kind !== "dense" || type.dtype !== dtype) {
+    const got = type.kind === "dense" ? type.dtype : formatKey(type.format);
+    throw new FewbitError("dtype/mismatch", { what, got, expected: dtype });
+  }
+  return type.shape;
+}
+
+function requireFormat(type: TensorType, what: string): Extract<TensorType, { kind: "format" }> {
+  if (type.kind !== "format") throw new FewbitError("dtype/mismatch", { what, got: type.dtype, expected: "a format" });
+  return type;
+}
+
+function requireShape(shape: readonly Dim[], expected: readonly (Dim | undefined)[], what: string): void {
+  const same = shape.length === expected.length && expected.every((dim, i) => dim === undefined || dim === shape[i]);
+  if (!same) {
+    const text = `[${expected.map((dim) => dim ?? "any").join(", ")}]`;
+    throw new FewbitError("shape/mismatch", { what, got: shape, expected: text });
+  }
+}
+
+/** Throws `format/block` where a fixed block does not divide the last dimension. */
+export function requireBlocks(format: Format, k: Dim, what: string): void {
+  if (typeof k !== "number") return;
+  for (const level of format.scales) {
+    const block = extentOf(level.block[1], k);
+    if (block === 0 || k % block !== 0) {
+      const nearest = Math.max(block, Math.round(k / Math.max(block, 1)) * block);
+      throw new FewbitError("format/block", { format: `${what}: ${formatKey(format)}`, size: k, block, axis: "K", nearest });
+    }
+  }
+}
+
+const elementwise = (arity: number) => (types: readonly TensorType[], _: unknown, where: string) => {
+  const shape = requireDense(at(types, 0), "f32", `${where}.a`);
+  if (arity === 2) requireShape(requireDense(at(types, 1), "f32", `${where}.b`), shape, `${where}.b`);
+  return [f32(shape)];
+};
+
+/**
+ * THE OPS. Shapes: T tokens, H features, K/N the input/output features of a linear, V the vocabulary, D the head dimension,
+ * C the capacity of the cache. What each op computes is `evaluate.ts`.
+ */
+export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
+  /** ids i32 [T], table format [V, H] -> f32 [T, H]. */
+  embedding: {
+    operands: ["ids", "table"],
+    infer: (types, _attrs, where) => {
+      const ids = requireDense(at(types, 0), "i32", `${where}.ids`);
+      requireShape(ids, [undefined], `${where}.ids`);
+      const table = requireFormat(at(types, 1), `${where}.table`);
+      requireShape(table.shape, [undefined, undefined], `${where}.table`);
+      requireBlocks(table.format, at(table.shape, 1), `${where}.table`);
+      return [f32([at(ids, 0), at(table.shape, 1)])];
+    },
+    flops: (shapes) => elements(shapes[0]) * (shapes[1]?.[1] ?? 0),
+  },
+  /** x f32 [T, H], weight f32 [H] -> f32 [T, H]. */
+  rmsnorm: {
+    operands: ["x", "weight"],
+    infer: (types, _attrs, where) => {
+      const x = requireDense(at(types, 0), "f32", `${where}.x`);
+      requireShape(requireDense(at(types, 1), "f32", `${where}.weight`), [at(x, x.length - 1)], `${where}.weight`);
+      return [f32(x)];
+    },
+    flops: (shapes) => 4 * elements(shapes[0]),
+  },
+  /** x f32 or format [..., K], weight format [N, K], bias f32 [N] -> f32 [..., N]: x W^T + b over the exact stored values. */
+  linear: {
+    operands: ["x", "weight", "bias"],
+    optional: 1,
+    infer: (types, _attrs, where) => {
+      const x = at(types, 0);
+      if (x.kind === "dense") requireDense(x, "f32", `${where}.x`);
+      else requireBlocks(x.format, at(x.shape, x.shape.length - 1), `${where}.x`);
+      const weight = requireFormat(at(types, 1), `${where}.weight`);
+      const k = at(x.shape, x.shape.length - 1);
+      requireShape(weight.shape, [undefined, k], `${where}.weight`);
+      requireBlocks(weight.format, k, `${where}.weight`);
+      const n = at(weight.shape, 0);
+      const bias = types[2];
+      if (bias !== undefined) requireShape(requireDense(bias, "f32", `${where}.bias`), [n], `${where}.bias`);
+      return [f32([...x.shape.slice(0, -1), n])];
+    },
+    flops: (shapes) => 2 * elements(shapes[0]) * (shapes[1]?.[0] ?? 0),
+  },
+  /** x f32 [T, heads * D], table f32 [positions, D]: cosines then sines -> f32 [T, heads * D]; half-split pairs (NeoX). */
+  rope: {
+    operands: ["x", "table"],
+    infer: (types, attrs, where) => {
+      const x = requireDense(at(types, 0), "f32", `${where}.x`);
+      const table = requireDense(at(types, 1), "f32", `${where}.table`);
+      const width = at(x, 1);
+      if (typeof width !== "number" || width % attrs.heads !== 0 || (width / attrs.heads) % 2 !== 0) {
+        throw new FewbitError("shape/mismatch", { what: `${where}.x`, got: x, expected: `[T, ${attrs.heads} heads of an even size]` });
+      }
+      requireShape(table, [undefined, width / attrs.heads], `${where}.table`);
+      return [f32(x)];
+    },
+    flops: (shapes) => 3 * elements(shapes[0]),
+  },
+  /** cache format [kvHeads, C, D], x f32 [T, kvHeads * D] -> the cache with T tokens written from `position` on. */
+  kv_write: {
+    operands: ["cache", "x"],
+    aliases: { 0: 0 },
+    infer: (types, _attrs, where) => {
+      const cache = requireFormat(at(types, 0), `${where}.cache`);
+      const x = requireDense(at(types, 1), "f32", `${where}.x`);
+      const [heads, , size] = cache.shape;
+      requireShape(x, [undefined, (heads as number) * (size as number)], `${where}.x`);
+      return [cache];
+    },
+    flops: () => 0,
+  },
+  /** q f32 [T, heads * D], k and v caches format [kvHeads, C, D] -> f32 [T, heads * D]. Row t sees position + t + 1 keys. */
+  sdpa: {
+    operands: ["q", "k", "v"],
+    infer: (types, attrs, where) => {
+      const q = requireDense(at(types, 0), "f32", `${where}.q`);
+      const k = requireFormat(at(types, 1), `${where}.k`);
+      const v = requireFormat(at(types, 2), `${where}.v`);
+      requireShape(k.shape, [attrs.kvHeads, undefined, undefined], `${where}.k`);
+      requireShape(v.shape, k.shape, `${where}.v`);
+      requireShape(q, [undefined, attrs.heads * (at(k.shape, 2) as number)], `${where}.q`);
+      if (attrs.heads % attrs.kvHeads !== 0) {
+        throw new FewbitError("graph/invalid", { where, reason: `${attrs.heads} heads do not divide into ${attrs.kvHeads} KV heads` });
+      }
+      return [f32(q)];
+    },
+    flops: (shapes) => 4 * elements(shapes[0]) * (shapes[1]?.[1] ?? 0),
+  },
+  unary: { operands: ["a"], infer: elementwise(1), flops: (shapes) => 8 * elements(shapes[0]) },
+  binary: { operands: ["a", "b"], infer: elementwise(2), flops: (shapes) => elements(shapes[0]) },
+  /** x f32 [..., K] -> the same values in a format, chosen by the format's rule. */
+  quantize: {
+    operands: ["x"],
+    infer: (types, attrs, where) => {
+      const x = requireDense(at(types, 0), "f32", `${where}.x`);
+      requireBlocks(attrs.format, at(x, x.length - 1), `${where}.x`);
+      return [{ kind: "format", format: attrs.format, shape: x }];
+    },
+    flops: (shapes) => 4 * elements(shapes[0]),
+  },
+  dequantize: {
+    operands: ["x"],
+    infer: (types, _attrs, where) => [f32(requireFormat(at(types, 0), `${where}.x`).shape)],
+    flops: (shapes) => 2 * elements(shapes[0]),
+  },
+  /** x f32 [T, H] -> f32 [1, H]. */
+  last_row: {
+    operands: ["x"],
+    infer: (types, _attrs, where) => {
+      const x = requireDense(at(types, 0), "f32", `${where}.x`);
+      requireShape(x, [undefined, undefined], `${where}.x`);
+      return [f32([1, at(x, 1)])];
+    },
+    flops: () => 0,
+  },
+  /**
+   * logits f32 [1, V], settings u32 [5] = temperature bits, top-k, top-p bits, seed, step; ids i32 [T]
+   * -> sampled u32 [2] = token id, log-probability bits; and ids with its first entry replaced by the token.
+   */
+  sample: {
+    operands: ["logits", "settings", "ids"],
+    aliases: { 1: 2 },
+    infer: (types, _attrs, where) => {
+      requireShape(requireDense(at(types, 0), "f32", `${where}.logits`), [1, undefined], `${where}.logits`);
+      requireShape(requireDense(at(types, 1), "u32", `${where}.settings`), [5], `${where}.settings`);
+      requireDense(at(types, 2), "i32", `${where}.ids`);
+      return [{ kind: "dense", dtype: "u32", shape: [2] }, at(types, 2)];
+    },
+    flops: (shapes) => 12 * elements(shapes[0]),
+  },
+};
+
+/** A shape as the [rows, k] matrix that formats store. */
+export function shapeRows(shape: readonly number[]): [rows: number, k: number] {
+  const k = shape[shape.length - 1] ?? 1;
+  return [shape.slice(0, -1).reduce((a, b) => a * b, 1), k];
+}

@@ -1,0 +1,102 @@
+import { f32FromBits } from "../core/dtype.js";
+
+/** The settings of one draw, as the u32 [5] operand of the `sample` op holds them. */
+export interface SampleSettings {
+  /** 0 takes the most likely token (the lowest id on ties). */
+  readonly temperature: number;
+  /** Keep tokens at least as likely as the k-th; 0 keeps all. */
+  readonly topK: number;
+  /** Keep tokens while the mass of the strictly likelier ones is below topP of the total (nucleus sampling; Holtzman 2020). */
+  readonly topP: number;
+  readonly seed: number;
+  /** Counts the draws of one generation: equal (seed, step) draw equal uniforms. */
+  readonly step: number;
+}
+
+/** A uniform in [0, 1) with 24 bits, from one PCG output hash of (seed, step) (Jarzynski and Olano, JCGT 2020). */
+export function uniform(seed: number, step: number): number {
+  return (pcg((pcg(seed >>> 0) + step) >>> 0) >>> 8) * 2 ** -24;
+}
+
+function pcg(value: number): number {
+  const state = (Math.imul(value, 747796405) + 2891336453) >>> 0;
+  const word = Math.imul((state >>> ((state >>> 28) + 4)) ^ state, 277803737) >>> 0;
+  return ((word >>> 22) ^ word) >>> 0;
+}
+
+/**
+ * Draws a token: logits / temperature, top-k, then top-p of what is left, then the inverse of the cumulative distribution in
+ * order of token id. The log-probability is that of the whole untempered softmax. The device kernels follow the same steps in
+ * float32, so a draw can differ only where a float32 sum crosses the uniform.
+ */
+export function sampleToken(logits: ArrayLike<number>, settings: SampleSettings): { id: number; logprob: number } {
+  let best = 0;
+  for (let i = 1; i < logits.length; i++) if ((logits[i] as number) > (logits[best] as number)) best = i;
+  const id = settings.temperature === 0 ? best : drawToken(logits, settings, logits[best] as number);
+  let mass = 0;
+  for (let i = 0; i < logits.length; i++) mass += Math.exp((logits[i] as number) - (logits[best] as number));
+  return { id, logprob: (logits[id] as number) - (logits[best] as number) - Math.log(mass) };
+}
+
+function drawToken(logits: ArrayLike<number>, settings: SampleSettings, top: number): number {
+  const weight = Float64Array.from(logits, (logit) => Math.exp(Math.fround(Math.fround(logit - top) / settings.temperature)));
+  const order = Uint32Array.from(weight, (_, i) => i).sort((a, b) => (weight[b] as number) - (weight[a] as number));
+  let least = 0;
+  if (settings.topK > 0 && settings.topK < order.length) least = weight[order[settings.topK - 1] as number] as number;
+  if (settings.topP < 1) least = Math.max(least, nucleusThreshold(weight, order, least, settings.topP));
+  let kept = 0;
+  for (const value of weight) if (value >= least) kept += value;
+  const target = uniform(settings.seed, settings.step) * kept;
+  let sum = 0;
+  let last = 0;
+  for (let i = 0; i < weight.length; i++) {
+    if ((weight[i] as number) < least) continue;
+    last = i;
+    sum += weight[i] as number;
+    if (sum > target) break;
+  }
+  return last;
+}
+
+/** The smallest weight whose strictly larger ones (among those at least `least`) hold less than `topP` of the mass. */
+function nucleusThreshold(weight: Float64Array, order: Uint32Array, least: number, topP: number): number {
+  let total = 0;
+  for (const value of weight) if (value >= least) total += value;
+  let above = 0;
+  let threshold = weight[order[0] as number] as number;
+  let atThreshold = 0;
+  for (const i of order) {
+    const value = weight[i] as number;
+    if (value < least) break;
+    if (value < threshold) {
+      above += atThreshold;
+      if (above >= topP * total) break;
+      threshold = value;
+      atThreshold = 0;
+    }
+    atThreshold += value;
+  }
+  return threshold;
+}
+
+/** Packs settings for the `sample` op. */
+export function packSettings(settings: SampleSettings): Uint32Array {
+  const words = new Uint32Array(5);
+  const floats = new Float32Array(words.buffer);
+  floats[0] = settings.temperature;
+  words[1] = settings.topK;
+  floats[2] = settings.topP;
+  words[3] = settings.seed;
+  words[4] = settings.step;
+  return words;
+}
+
+export function unpackSettings(words: Uint32Array): SampleSettings {
+  return {
+    temperature: f32FromBits(words[0] as number),
+    topK: words[1] as number,
+    topP: f32FromBits(words[2] as number),
+    seed: words[3] as number,
+    step: words[4] as number,
+  };
+}

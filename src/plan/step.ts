@@ -1,0 +1,98 @@
+import { FewbitError } from "../core/errors.js";
+import type { Symbols } from "../ir/evaluate.js";
+import { concreteShape, type Graph, type Node, showType, type TensorType, type ValueId } from "../ir/graph.js";
+import { OPS } from "../ir/ops.js";
+import { typeBytes } from "../ir/tensor.js";
+
+/** The families of kernels: a step of a kind is what one kernel of that kind can do. */
+export type StepKind =
+  | "embedding"
+  | "rmsnorm"
+  | "linear"
+  | "rope_kv"
+  | "sdpa"
+  | "elementwise"
+  | "quantize"
+  | "dequantize"
+  | "last_row"
+  | "sample";
+
+/**
+ * Nodes that run as one. Running `nodes` in order is the definition of the step. `inputs` are values made outside that the
+ * step reads, `outputs` values it makes that are read outside; what stays inside is in neither.
+ */
+export interface Step {
+  readonly id: number;
+  readonly kind: StepKind;
+  readonly nodes: readonly Node[];
+  /** The fusion that made the step, if any. */
+  readonly fusion?: string;
+  readonly inputs: readonly ValueId[];
+  readonly outputs: readonly ValueId[];
+}
+
+const KIND_OF: Readonly<Record<Node["op"], StepKind>> = {
+  embedding: "embedding",
+  rmsnorm: "rmsnorm",
+  linear: "linear",
+  rope: "rope_kv",
+  kv_write: "rope_kv",
+  sdpa: "sdpa",
+  unary: "elementwise",
+  binary: "elementwise",
+  quantize: "quantize",
+  dequantize: "dequantize",
+  last_row: "last_row",
+  sample: "sample",
+};
+
+export function kindOf(node: Node): StepKind {
+  return KIND_OF[node.op];
+}
+
+/** A step under concrete extents: what kernels ask about. */
+export class BoundStep {
+  readonly step: Step;
+  readonly graph: Graph;
+  readonly symbols: Symbols;
+
+  constructor(graph: Graph, step: Step, symbols: Symbols) {
+    this.graph = graph;
+    this.step = step;
+    this.symbols = symbols;
+  }
+
+  type(id: ValueId): TensorType {
+    const value = this.graph.values[id];
+    if (value === undefined) throw new FewbitError("graph/invalid", { where: `value ${id}`, reason: "it does not exist" });
+    return value.type;
+  }
+
+  name(id: ValueId): string {
+    return this.graph.values[id]?.name ?? `value ${id}`;
+  }
+
+  shape(id: ValueId): number[] {
+    return concreteShape(this.type(id).shape, this.symbols);
+  }
+
+  /** Bytes that the step must move once: everything it reads and writes. */
+  get bytes(): number {
+    const all = new Set([...this.step.inputs, ...this.step.outputs]);
+    return [...all].reduce((sum, id) => sum + typeBytes(this.type(id), this.symbols), 0);
+  }
+
+  get flops(): number {
+    return this.step.nodes.reduce((sum, node) => {
+      const flops = OPS[node.op].flops as (shapes: number[][], attrs: unknown) => number;
+      return sum + flops(node.inputs.map((id) => this.shape(id)), node.attrs);
+    }, 0);
+  }
+
+  describe(): string {
+    const { id, kind, nodes, inputs, fusion } = this.step;
+    const operands = inputs.map((input) => `${this.name(input)} ${showType(this.type(input))}`);
+    const how = fusion === undefined ? "" : `  (${fusion}: ${nodes.map((node) => node.op).join("+")})`;
+    return `${kind} #${id}${how}  ${operands.join(", ")}`;
+  }
+}
