@@ -37,6 +37,7 @@ const MESSAGES = {
   "model/missing-tensor": (c: { name: string; path: string }) => `${c.path} has no tensor "${c.name}"`,
   "model/context-length": (c: { tokens: number; limit: number }) =>
     `${c.tokens} tokens do not fit the context of ${c.limit}`,
+  "model/busy": (_: Record<string, never>) => "the model is generating already: one generation runs at a time",
   "cache/overflow": (c: { needed: number; capacity: number }) =>
     `the KV cache holds ${c.capacity} tokens, ${c.needed} are needed`,
   "validate/failed": (c: { failed: number; total: number }) => `${c.failed} of ${c.total} cases failed`,

@@ -172,6 +172,17 @@ const ROWS = {
     source: "Badri and Shaji, Half-Quadratic Quantization (2023); specification 8 and 10.1",
   },
 
+  int4_sinq: {
+    element: int(4),
+    scales: [
+      { codec: CODECS.f32, block: [1, 64] },
+      { codec: CODECS.f32, block: ["all", 1] },
+    ],
+    rule: { kind: "sinq", min: -8, max: 7, iterations: 20 },
+    blocks: GROUPS,
+    source: "specification 8, SINQ",
+  },
+
   int1: intxAsymmetric(1),
   int2: intx(2),
   int3: intx(3),

@@ -123,6 +123,21 @@ function blockValues(codec: Codec, words: Uint32Array | undefined, count: number
   return Float32Array.from(codes, (code) => decode(codec, code));
 }
 
+/** The value of an element code before scales; `lane` picks the element of a table's patch. */
+export function elementValue(tensor: QuantizedTensor): (code: number, lane: number) => number {
+  const codec = tensor.format.element;
+  if (codec.kind !== "lut") return (code) => decode(codec, code);
+  const size = codec.vector[0] * codec.vector[1];
+  const table = tableOf(tensor, codec);
+  return (code, lane) => table[code * size + lane] as number;
+}
+
+function tableOf({ format, table }: QuantizedTensor, codec: Extract<Codec, { kind: "lut" }>): Float32Array {
+  if (codec.entries !== "learned") return Float32Array.from(codec.entries);
+  if (table !== undefined) return table;
+  throw new FewbitError("graph/invalid", { where: formatKey(format), reason: "its learned table is missing" });
+}
+
 /** Reads the element values of one row, before scales. */
 function valueReader(tensor: QuantizedTensor): (row: number, out: Float64Array) => void {
   const { format, shape, qdata } = tensor;
@@ -134,10 +149,7 @@ function valueReader(tensor: QuantizedTensor): (row: number, out: Float64Array) 
   const codes = new Uint32Array(columns);
   if (codec.kind === "lut") {
     const size = vectorRows * vectorK;
-    const table = codec.entries === "learned" ? tensor.table : Float32Array.from(codec.entries);
-    if (table === undefined) {
-      throw new FewbitError("graph/invalid", { where: formatKey(format), reason: "its learned table is missing" });
-    }
+    const table = tableOf(tensor, codec);
     return (row, out) => {
       unpackRow(qdata, Math.floor(row / vectorRows) * stride, codes, columns, bits);
       const lane = (row % vectorRows) * vectorK;

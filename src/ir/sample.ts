@@ -1,4 +1,5 @@
 import { f32FromBits } from "../core/dtype.js";
+import { FewbitError } from "../core/errors.js";
 
 /** The settings of one draw, as the u32 [5] operand of the `sample` op holds them. */
 export interface SampleSettings {
@@ -13,12 +14,16 @@ export interface SampleSettings {
   readonly step: number;
 }
 
-/** A uniform in [0, 1) with 24 bits, from one PCG output hash of (seed, step) (Jarzynski and Olano, JCGT 2020). */
+/** A uniform in [0, 1): the top 24 bits of pcg(pcg(seed) + step), exact in float32. */
 export function uniform(seed: number, step: number): number {
   return (pcg((pcg(seed >>> 0) + step) >>> 0) >>> 8) * 2 ** -24;
 }
 
-function pcg(value: number): number {
+/**
+ * One step of PCG-RXS-M-XS-32 as a hash, in u32 arithmetic alone, so that shaders give the same bits (O'Neill 2014; Jarzynski
+ * and Olano, JCGT 9(3), 2020).
+ */
+export function pcg(value: number): number {
   const state = (Math.imul(value, 747796405) + 2891336453) >>> 0;
   const word = Math.imul((state >>> ((state >>> 28) + 4)) ^ state, 277803737) >>> 0;
   return ((word >>> 22) ^ word) >>> 0;
@@ -77,6 +82,21 @@ function nucleusThreshold(weight: Float64Array, order: Uint32Array, least: numbe
     atThreshold += value;
   }
   return threshold;
+}
+
+/** Throws `argument/invalid` for settings outside their ranges, before any token is computed. */
+export function checkSettings({ temperature, topK, topP, seed, step }: SampleSettings): void {
+  check("temperature", temperature, Number.isFinite(temperature) && temperature >= 0, "a finite number of at least 0");
+  check("topK", topK, isU32(topK), "an integer of at least 0 (0: no limit)");
+  check("topP", topP, topP > 0 && topP <= 1, "a number above 0 and at most 1");
+  check("seed", seed, isU32(seed), "an integer from 0 to 2^32 - 1");
+  check("step", step, isU32(step), "an integer from 0 to 2^32 - 1");
+}
+
+const isU32 = (value: number): boolean => Number.isInteger(value) && value >= 0 && value <= 0xffffffff;
+
+function check(name: string, value: unknown, legal: boolean, expected: string): void {
+  if (!legal) throw new FewbitError("argument/invalid", { name, value, expected });
 }
 
 /** Packs settings for the `sample` op. */

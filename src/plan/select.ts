@@ -1,5 +1,6 @@
 import type { Capabilities } from "../backends/backend.js";
 import { FewbitError } from "../core/errors.js";
+import { roundUp } from "../core/shape.js";
 import type { BoundStep, StepKind } from "./step.js";
 
 /** Something a kernel needs. `unmet` answers with null, or with the reason in words. */
@@ -15,6 +16,8 @@ export interface KernelRow {
   readonly requires: readonly Requirement[];
   /** The fractions of the device's bandwidth and arithmetic that the kernel reaches on large inputs; they only rank. */
   readonly efficiency: { readonly bandwidth: number; readonly compute: number };
+  /** The kernel computes whole tiles of this many rows of its first output, so few rows cost as much as a tile. */
+  readonly rowTile?: number;
   /** Extra bytes of scratch memory the kernel needs while it runs. */
   scratch?(step: BoundStep, device: Capabilities): number;
 }
@@ -87,7 +90,9 @@ interface Cost {
 
 function estimate(kernel: KernelRow, bound: BoundStep, device: Capabilities): Cost {
   const memory = bound.bytes / (device.bandwidth * kernel.efficiency.bandwidth);
-  const compute = bound.flops / (device.flops * kernel.efficiency.compute);
+  const rows = bound.outputRows;
+  const wasted = kernel.rowTile === undefined || rows === 0 ? 1 : roundUp(rows, kernel.rowTile) / rows;
+  const compute = (bound.flops * wasted) / (device.flops * kernel.efficiency.compute);
   const busy = Math.max(memory, compute);
   if (device.dispatchSeconds > busy) return { seconds: device.dispatchSeconds + busy, bound: "dispatch" };
   return { seconds: device.dispatchSeconds + busy, bound: memory >= compute ? "bandwidth" : "compute" };

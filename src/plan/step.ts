@@ -89,6 +89,12 @@ export class BoundStep {
     }, 0);
   }
 
+  /** Rows of the step's first output, leading dimensions folded. */
+  get outputRows(): number {
+    const first = this.step.outputs[0];
+    return first === undefined ? 0 : this.shape(first).slice(0, -1).reduce((a, b) => a * b, 1);
+  }
+
   describe(): string {
     const { id, kind, nodes, inputs, fusion } = this.step;
     const operands = inputs.map((input) => `${this.name(input)} ${showType(this.type(input))}`);

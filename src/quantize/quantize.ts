@@ -1,26 +1,14 @@
 import type { FloatType } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import { roundUp } from "../core/shape.js";
-import { blockGrid, codecBits, codecVector, extentOf, type Format } from "../formats/format.js";
+import { blockGrid, codecBits, codecVector, extentOf, type Format, type Rule } from "../formats/format.js";
 import { packRow, rowWords } from "../formats/pack.js";
 import { type QuantizedTensor, tensorWords } from "../formats/tensor.js";
-import { BLOCK_RULES, type BlockRule, type QuantizeOptions, type RuleContext } from "./rules.js";
+import { codebook } from "./codebook.js";
+import { hqq, hqqScale, sinq } from "./hqq.js";
+import { BLOCK_RULES, type BlockRule, type Procedure, type QuantizeOptions, type RuleContext } from "./rules.js";
 
 export type { QuantizeOptions } from "./rules.js";
-
-/** Rows [begin, end) of a matrix. */
-export interface Tile {
-  readonly data: Float32Array;
-  readonly begin: number;
-  readonly end: number;
-}
-
-/** A rule at work on one tensor: it is shown every tile in order, and again as long as it asks for another pass. */
-export interface Procedure {
-  pass(tile: Tile): void;
-  /** Called after the last tile; true asks for all tiles once more. */
-  finish(): boolean;
-}
 
 /**
  * Quantizes `data` [n, k] row-major, values of `dtype`, as `format.rule` says. Throws `format/block` when a block of the format
@@ -126,17 +114,22 @@ export function requireBlocks(format: Format, shape: readonly [n: number, k: num
   }
 }
 
+type Maker<T> = (context: RuleContext, rule: Rule) => T;
+
+/** The rules that look at a tensor as a whole. */
+const PROCEDURES = { hqq, hqq_scale: hqqScale, sinq, codebook } as const;
+
 function start(tensor: QuantizedTensor, dtype: FloatType, options: QuantizeOptions): Procedure {
   const { format, shape } = tensor;
   const guarded = options.numerics !== "torchao";
   const first = format.scales[0];
   const columns = first === undefined ? 1 : blockGrid(first.block, shape)[1];
   const context: RuleContext = { format, dtype, guarded, options, tensor, columns };
-  const make = BLOCK_RULES[format.rule.kind as keyof typeof BLOCK_RULES] as (
-    context: RuleContext,
-    rule: Format["rule"],
-  ) => BlockRule;
-  return blockwise(context, make(context, format.rule));
+  const { rule } = format;
+  if (rule.kind in PROCEDURES) {
+    return (PROCEDURES[rule.kind as keyof typeof PROCEDURES] as Maker<Procedure>)(context, rule);
+  }
+  return blockwise(context, (BLOCK_RULES[rule.kind as keyof typeof BLOCK_RULES] as Maker<BlockRule>)(context, rule));
 }
 
 /** Runs a rule with independent blocks: one pass, or two when a block or an outer scale spans all rows. */

@@ -15,7 +15,9 @@ export interface QuantizeOptions {
   readonly numerics?: "guarded" | "torchao";
   /** nvfp4: the per-tensor scale p of a calibration, instead of amax / 2688. */
   readonly perTensorScale?: number;
-  /** Affine and amax rules: scales (and zero points) to use, one per block of the first level, instead of chosen ones. */
+  /** Codebooks: a learned table [entries, v0 * v1] to use instead of learning one. */
+  readonly table?: Float32Array;
+  /** Affine, amax and codebook rules: scales (and zero points) to use, one per block of the first level, instead of chosen ones. */
   readonly given?: { readonly scale: Float32Array; readonly zero?: Float32Array };
 }
 
@@ -28,6 +30,20 @@ export interface RuleContext {
   readonly tensor: QuantizedTensor;
   /** Blocks of the first scale level in one row of blocks. */
   readonly columns: number;
+}
+
+/** Rows [begin, end) of a matrix. */
+export interface Tile {
+  readonly data: Float32Array;
+  readonly begin: number;
+  readonly end: number;
+}
+
+/** A rule at work on one tensor: it is shown every tile in order, and again as long as it asks for another pass. */
+export interface Procedure {
+  pass(tile: Tile): void;
+  /** Called after the last tile; true asks for all tiles once more. */
+  finish(): boolean;
 }
 
 /** A rule whose blocks do not depend on each other: parameters of a block from its extremes, then codes of its runs. */

@@ -3,7 +3,7 @@ import { decodeFunction, encodeFunction } from "../../src/backends/webgpu/wgsl/c
 import { f32Bits, f32FromBits } from "../../src/core/dtype.js";
 import { decode, encoder } from "../../src/formats/codec.js";
 import type { Codec } from "../../src/formats/format.js";
-import { allCodes, encodeSamples, fixedCodecs } from "../support/codecs.js";
+import { allCodes, encodeSamples, fixedCodecs, sameNumber } from "../support/codecs.js";
 import { mapWords, openTestGpu, type TestGpu } from "../support/gpu.js";
 
 let gpu: TestGpu;
@@ -37,6 +37,3 @@ function withinTable(codec: Codec, value: number): number {
   if (codec.kind !== "lut" || codec.entries === "learned") return value;
   return Math.min(Math.max(value, Math.min(...codec.entries)), Math.max(...codec.entries));
 }
-
-const isNan = (bits: number) => (bits & 0x7fffffff) > 0x7f800000;
-const sameNumber = (a: number, b: number) => a === b || (isNan(a) && isNan(b));

@@ -70,3 +70,10 @@ export function randomWords(seed: number): () => number {
     return (t ^ (t >>> 14)) >>> 0;
   };
 }
+
+const isNan = (bits: number) => (bits & 0x7fffffff) > 0x7f800000;
+
+/** Whether float32 bits are equal, one NaN being as good as another. */
+export function sameNumber(a: number, b: number): boolean {
+  return a === b || (isNan(a) && isNan(b));
+}

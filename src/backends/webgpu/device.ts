@@ -5,9 +5,6 @@ import { type AdapterOptions, destroyDevice, requestGpu } from "./adapter.js";
 import { WebGpuExecutable } from "./executable.js";
 import { WEBGPU_KERNELS } from "./kernels/table.js";
 
-/** WebGPU's buffer usage bits; Node has no `GPUBufferUsage` global. */
-export const USAGE = { mapRead: 1, copySrc: 4, copyDst: 8, uniform: 64, storage: 128 } as const;
-
 /** Features that kernels can use; each is asked for when the adapter has it and the tier allows it. */
 const OPTIONAL_FEATURES = [
   "shader-f16",

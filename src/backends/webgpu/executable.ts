@@ -10,11 +10,12 @@ import { type HostTensor, isDense } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import { BoundStep } from "../../plan/step.js";
 import type { Executable, LoadOptions, WeightSource } from "../backend.js";
-import { USAGE, type WebGpuDevice } from "./device.js";
+import type { WebGpuDevice } from "./device.js";
 import { type Binding, BuildContext, type Dispatch, type Source, type WebGpuKernel, weightGroup } from "./kernel.js";
-import { layoutWords, storedLayout, tensorFromWords } from "./layout.js";
+import { layoutWords, storedLayout, tensorFromWords, USAGE } from "./layout.js";
 
 interface Ready {
+  readonly step: number;
   readonly pipeline: GPUComputePipeline;
   readonly group: GPUBindGroup;
   readonly workgroups: Dispatch["workgroups"];
@@ -62,7 +63,7 @@ export class WebGpuExecutable implements Executable {
       const dispatches = plan.buckets.map((bucket) => executable.#build(bucket.symbols, bucket.choices));
       const all = dispatches.flat(2);
       await executable.#upload(all, weights, options);
-      for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps.flat()));
+      for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps));
       const error = await device.gpu.popErrorScope();
       if (error !== null) {
         throw new FewbitError("plan/memory", { what: `the program (${error.message})`, needed: plan.bytes.weights, limit: device.capabilities.maxBuffer });
@@ -103,9 +104,8 @@ export class WebGpuExecutable implements Executable {
     this.#check();
     const start = performance.now();
     const bucket = this.#buckets[bucketFor(this.#plan, symbols)] as Ready[];
-    for (const [i, name] of Object.keys(this.graph.symbols).entries()) this.#words[i] = symbols[name] as number;
+    this.#writeSymbols(symbols);
     const { gpu } = this.#device;
-    gpu.queue.writeBuffer(this.#params, 0, this.#words);
     const encoder = gpu.createCommandEncoder();
     const pass = encoder.beginComputePass();
     for (const { pipeline, group, workgroups } of bucket) {
@@ -120,6 +120,42 @@ export class WebGpuExecutable implements Executable {
     gpu.queue.submit([encoder.finish()]);
     this.#submits++;
     this.#seconds += (performance.now() - start) / 1000;
+  }
+
+  /**
+   * Runs once with a timestamp around every dispatch: seconds of each step, in order of the plan. Needs the feature
+   * `timestamp-query`; throws `device/unavailable` without it.
+   */
+  async profile(symbols: Symbols): Promise<number[]> {
+    this.#check();
+    const { gpu } = this.#device;
+    if (!gpu.features.has("timestamp-query")) {
+      throw new FewbitError("device/unavailable", { backend: "webgpu", reason: "the device has no timestamp-query" });
+    }
+    const bucket = this.#buckets[bucketFor(this.#plan, symbols)] as Ready[];
+    this.#writeSymbols(symbols);
+    const querySet = gpu.createQuerySet({ type: "timestamp", count: 2 * bucket.length });
+    const bytes = 16 * bucket.length;
+    const resolved = gpu.createBuffer({ size: Math.max(bytes, 16), usage: 0x200 | USAGE.copySrc });
+    const encoder = gpu.createCommandEncoder();
+    for (const [i, { pipeline, group, workgroups }] of bucket.entries()) {
+      const timestampWrites = { querySet, beginningOfPassWriteIndex: 2 * i, endOfPassWriteIndex: 2 * i + 1 };
+      const pass = encoder.beginComputePass({ timestampWrites });
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, group);
+      pass.dispatchWorkgroups(...workgroups(symbols));
+      pass.end();
+    }
+    encoder.resolveQuerySet(querySet, 0, 2 * bucket.length, resolved, 0);
+    gpu.queue.submit([encoder.finish()]);
+    const times = new BigUint64Array((await this.#readBuffer(resolved, bytes)).buffer);
+    querySet.destroy();
+    resolved.destroy();
+    const seconds = this.#plan.steps.map(() => 0);
+    for (const [i, { step }] of bucket.entries()) {
+      seconds[step] = (seconds[step] as number) + Number((times[2 * i + 1] as bigint) - (times[2 * i] as bigint)) * 1e-9;
+    }
+    return seconds;
   }
 
   async read(name: string): Promise<HostTensor> {
@@ -140,6 +176,11 @@ export class WebGpuExecutable implements Executable {
 
   [Symbol.dispose](): void {
     this.#scope.dispose();
+  }
+
+  #writeSymbols(symbols: Symbols): void {
+    for (const [i, name] of Object.keys(this.graph.symbols).entries()) this.#words[i] = symbols[name] as number;
+    this.#device.gpu.queue.writeBuffer(this.#params, 0, this.#words);
   }
 
   #check(): void {
@@ -254,8 +295,10 @@ export class WebGpuExecutable implements Executable {
     return bytes;
   }
 
-  async #prepare(dispatches: readonly Dispatch[]): Promise<Ready[]> {
+  async #prepare(steps: readonly (readonly Dispatch[])[]): Promise<Ready[]> {
     const { gpu } = this.#device;
+    const dispatches = steps.flat();
+    const stepOf = steps.flatMap((list, step) => list.map(() => step));
     const pipelines = await Promise.all(dispatches.map((dispatch) => this.#pipeline(dispatch)));
     return dispatches.map((dispatch, i) => {
       const pipeline = pipelines[i] as GPUComputePipeline;
@@ -264,7 +307,7 @@ export class WebGpuExecutable implements Executable {
         resource: { buffer },
       }));
       const group = gpu.createBindGroup({ label: dispatch.label, layout: pipeline.getBindGroupLayout(0), entries });
-      return { pipeline, group, workgroups: dispatch.workgroups };
+      return { step: stepOf[i] as number, pipeline, group, workgroups: dispatch.workgroups };
     });
   }
 
@@ -320,7 +363,7 @@ async function compile(gpu: GPUDevice, { wgsl, bindings, label }: Dispatch): Pro
   gpu.pushErrorScope("validation");
   const module = gpu.createShaderModule({ code: wgsl });
   const pipeline = gpu
-    .createComputePipelineAsync({ layout: gpu.createPipelineLayout({ bindGroupLayouts: [layout] }), compute: { module, entryPoint: "main" } })
+    .createComputePipelineAsync({ layout: gpu.createPipelineLayout({ bindGroupLayouts: [layout] }), label, compute: { module, entryPoint: "main" } })
     .catch((cause: unknown) => cause as Error);
   const error = await gpu.popErrorScope();
   const made = await pipeline;

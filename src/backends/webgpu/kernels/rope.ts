@@ -110,8 +110,8 @@ function buildRope(context: BuildContext): Dispatch[] {
     }
     return `if (${condition}) {
     let head = ${local} / ${units}u; let e = (${local} % ${units}u) * ${VECTOR}u;
-    let from = (t * ${stride}u + ${column}u + head * ${size}u + e) / 4u;
-    let a = ${buffer}[from]; let b = ${buffer}[from + ${half / 4}u];
+    let begin = (t * ${stride}u + ${column}u + head * ${size}u + e) / 4u;
+    let a = ${buffer}[begin]; let b = ${buffer}[begin + ${half / 4}u];
     ${rotate}
     ${store}
   }`;

@@ -29,9 +29,9 @@ var<workgroup> partial: array<f32, ${THREADS}>;
 @compute @workgroup_size(${THREADS})
 fn main(${BUILTINS}) {
   let row = min(${FLAT_WORKGROUP}, ${context.rowsWgsl(x)} - 1u);
-  let from = row * ${stride}u + ${column}u;
+  let start = row * ${stride}u + ${column}u;
   var sum = 0.0;
-  for (var k = lid; k < ${width}u; k += ${THREADS}u) { let v = x[from + k]; sum += v * v; }
+  for (var k = lid; k < ${width}u; k += ${THREADS}u) { let v = x[start + k]; sum += v * v; }
   partial[lid] = sum;
   workgroupBarrier();
   for (var half = ${THREADS / 2}u; half > 0u; half /= 2u) {
@@ -40,7 +40,7 @@ fn main(${BUILTINS}) {
   }
   // sqrt and division round better than WGSL's inverseSqrt (2 ulp).
   let factor = 1.0 / sqrt(partial[0] / ${width}.0 + ${node.attrs.eps});
-  for (var k = lid; k < ${width}u; k += ${THREADS}u) { out[row * ${width}u + k] = x[from + k] * factor * weight[k]; }
+  for (var k = lid; k < ${width}u; k += ${THREADS}u) { out[row * ${width}u + k] = x[start + k] * factor * weight[k]; }
 }`;
       return [dispatch(context, wgsl, operands, (symbols) => context.rows(x, symbols))];
     },

@@ -40,13 +40,13 @@ function buildSdpa(context: BuildContext): Dispatch[] {
   const [kRoot, vRoot] = [context.placement(k).root, context.placement(v).root];
   const operands = [
     { name: "q", type: "vec4<f32>", binding: read(value(q)) },
-    { name: "k", type: "u32", binding: read(value(kRoot)) },
-    { name: "k4", type: "vec4<u32>", binding: read(value(kRoot)) },
-    { name: "v", type: "u32", binding: read(value(vRoot)) },
+    { name: "keys", type: "u32", binding: read(value(kRoot)) },
+    { name: "keys4", type: "vec4<u32>", binding: read(value(kRoot)) },
+    { name: "values", type: "u32", binding: read(value(vRoot)) },
     { name: "out", type: "f32", binding: write(value(out)) },
   ];
-  const keys = storedReader("kr", context.layout(kRoot), { buffer: "k", buffer4: "k4" });
-  const values = storedReader("vr", context.layout(vRoot), { buffer: "v" });
+  const keys = storedReader("kr", context.layout(kRoot), { buffer: "keys", buffer4: "keys4" });
+  const values = storedReader("vr", context.layout(vRoot), { buffer: "values" });
   const place = context.placement(q);
   const chunks = Math.ceil(size / CHUNK);
   const per = Math.ceil(size / THREADS);

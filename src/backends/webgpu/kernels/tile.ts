@@ -23,6 +23,7 @@ export const TILE_KERNELS: readonly WebGpuKernel[] = [
         },
       },
     ],
+    rowTile: TILE,
     efficiency: { bandwidth: 0.3, compute: 0.4 },
     build: buildTile,
   },
@@ -51,9 +52,10 @@ function tileSource(context: BuildContext, step: LinearStep, parts: LinearParts,
   const vec = integer ? "vec4<i32>" : "vec4<f32>";
   const chunks = Math.ceil(step.k / CHUNK);
   const count = parts.weights.length;
-  const cells = Array.from({ length: MICRO * MICRO }, (_, i) => [Math.floor(i / MICRO), i % MICRO] as const);
-  const names = (prefix: string) => parts.weights.flatMap((_, part) => cells.map(([i, j]) => `${prefix}${part}_${i}${j}`));
+  /** Integer sums stay integers to the end when no scale changes along K. */
   const whole = integer && parts.scaleAfter;
+  const each = <T>(f: (part: number, i: number) => T): T[] =>
+    parts.weights.flatMap((_, part) => Array.from({ length: MICRO }, (_, i) => f(part, i)));
 
   const fillX = `{\n${unpackedX(parts, "v", "row", "c")}
 ${Array.from({ length: 8 }, (_, i) => `tile_x[slot + ${i}u] = ${scaledX(parts, `v${i}`, "row", i)};`).join("\n")}\n}`;
@@ -63,33 +65,34 @@ ${Array.from({ length: 8 }, (_, i) => `tile_x[slot + ${i}u] = ${scaledX(parts, `
 ${Array.from({ length: 8 }, (_, i) => `tile_w${part}[slot + ${i}u] = ${scaledW(reader, integer, `v${i}`, i)};`).join("\n")}\n}`;
   };
 
-  const segments = integer && !parts.scaleAfter ? CHUNK / parts.segment : 1;
+  const segments = integer && !whole ? CHUNK / parts.segment : 1;
   const vectors = CHUNK / 4 / segments;
+  const into = integer && !whole ? "part" : "sum";
+  const products = each((part, i) => {
+    const dots = Array.from({ length: MICRO }, (_, j) => `dot(x${i}, w${part}_${j})`).join(", ");
+    return `${into}${part}_${i} += ${vec}(${dots});`;
+  });
+  const loads = [
+    ...Array.from({ length: MICRO }, (_, i) => `let x${i} = tile_x[(tm * ${MICRO}u + ${i}u) * ${PITCH}u + v];`),
+    ...each((part, j) => `let w${part}_${j} = tile_w${part}[(tn * ${MICRO}u + ${j}u) * ${PITCH}u + v];`),
+  ];
   const compute = Array.from({ length: segments }, (_, s) => {
-    const products = parts.weights
-      .flatMap((_, part) => cells.map(([i, j]) => `${integer && !whole ? "part" : "sum"}${part}_${i}${j} += dot(x${i}, w${part}_${j});`))
-      .join("\n");
-    const loads = [
-      ...Array.from({ length: MICRO }, (_, i) => `let x${i} = tile_x[(tm * ${MICRO}u + ${i}u) * ${PITCH}u + v];`),
-      ...parts.weights.flatMap((_, part) =>
-        Array.from({ length: MICRO }, (_, j) => `let w${part}_${j} = tile_w${part}[(tn * ${MICRO}u + ${j}u) * ${PITCH}u + v];`),
-      ),
-    ].join("\n");
     const at = `c * ${CHUNK}u + ${s * parts.segment}u`;
-    const scale = segments === 1 && (whole || !integer) ? "" : scaleSegment(parts, cells, at);
-    return `${integer && !whole ? names("part").map((name) => `var ${name} = 0;`).join(" ") : ""}
-for (var v = ${s * vectors}u; v < ${(s + 1) * vectors}u; v++) {\n${loads}\n${products}\n}\n${scale}`;
-  }).map((text) => `{\n${text}\n}`);
+    const declare = into === "part" ? each((part, i) => `var part${part}_${i} = vec4<i32>(0);`) : [];
+    return `{\n${declare.join(" ")}
+for (var v = ${s * vectors}u; v < ${(s + 1) * vectors}u; v++) {\n${[...loads, ...products].join("\n")}\n}
+${into === "part" ? scaleSegment(parts, at) : ""}\n}`;
+  });
 
-  const stores = cells.map(([i, j]) => {
-    const sums = parts.weights.map((reader, part) => {
-      const sum = `sum${part}_${i}${j}`;
-      if (!whole) return sum;
-      const xScale = parts.xScale("m", "0u");
-      return `f32(${sum}) * (${reader.scale("f", "0u")})${xScale === "1.0" ? "" : ` * (${xScale})`}`;
-    });
-    return `{ let m = m0 + tm * ${MICRO}u + ${i}u; let f = n0 + tn * ${MICRO}u + ${j}u;
-if (m < rows && f < ${n}u) { ${parts.store("m", "f", sums)} } }`;
+  const sums = parts.weights.map((reader, part) => {
+    const sum = `sums${part}[i][j]`;
+    if (!whole) return sum;
+    const xScale = parts.xScale("m", "0u");
+    return `f32(${sum}) * (${reader.scale("f", "0u")})${xScale === "1.0" ? "" : ` * (${xScale})`}`;
+  });
+  const accumulators = parts.weights.map((_, part) => {
+    const list = Array.from({ length: MICRO }, (_, i) => `sum${part}_${i}`).join(", ");
+    return `var sums${part} = array<${whole ? vec : "vec4<f32>"}, ${MICRO}>(${list});`;
   });
 
   return `${shaderHead(parts.operands)}
@@ -104,18 +107,26 @@ let m0 = wid.y * ${TILE}u;
 let n0 = wid.x * ${TILE}u;
 let tm = lid / ${TILE / MICRO}u;
 let tn = lid % ${TILE / MICRO}u;
-${names("sum").map((name) => `var ${name}: ${whole ? "i32" : "f32"} = 0;`).join("\n")}
+${each((part, i) => `var sum${part}_${i} = ${whole ? vec : "vec4<f32>"}();`).join("\n")}
 for (var c = 0u; c < ${chunks}u; c++) {
 for (var t = lid; t < ${TILE * (1 + count)}u; t += ${THREADS}u) {
 let slot = (t % ${TILE}u) * ${PITCH}u;
 if (t < ${TILE}u) { let row = min(m0 + t, rows - 1u); ${fillX} }
-${parts.weights.map((_, part) => `else if (t < ${TILE * (2 + part)}u) { let feature = min(n0 + t % ${TILE}u, ${n - 1}u); ${fillW(part)} }`).join("\n")}
+${parts.weights.map((_, part) => `else if (t < ${TILE * (2 + part)}u) { let feature = min(n0 + t % ${TILE}u, feature_last); ${fillW(part)} }`).join("\n")}
 }
 workgroupBarrier();
 ${compute.join("\n")}
 workgroupBarrier();
 }
-${stores.join("\n")}
+${accumulators.join("\n")}
+for (var i = 0u; i < ${MICRO}u; i++) {
+let m = m0 + tm * ${MICRO}u + i;
+if (m >= rows) { break; }
+for (var j = 0u; j < ${MICRO}u; j++) {
+let f = n0 + tn * ${MICRO}u + j;
+if (f <= feature_last) { ${parts.store("m", "f", sums)} }
+}
+}
 }`;
 }
 
@@ -138,12 +149,15 @@ function scaledW(reader: StoredReader, integer: boolean, vector: string, i: numb
 }
 
 /** Adds the integer partial sums of a segment, scaled, to the float sums. */
-function scaleSegment(parts: LinearParts, cells: readonly (readonly [number, number])[], at: string): string {
+function scaleSegment(parts: LinearParts, at: string): string {
   const lines: string[] = [];
-  for (let i = 0; i < MICRO; i++) lines.push(`let xs${i} = ${parts.xScale(`min(m0 + tm * ${MICRO}u + ${i}u, rows - 1u)`, at)};`);
   for (const [part, reader] of parts.weights.entries()) {
-    for (let j = 0; j < MICRO; j++) lines.push(`let ws${part}_${j} = ${reader.scale(`min(n0 + tn * ${MICRO}u + ${j}u, feature_last)`, at)};`);
-    for (const [i, j] of cells) lines.push(`sum${part}_${i}${j} += f32(part${part}_${i}${j}) * (xs${i} * ws${part}_${j});`);
+    const scales = Array.from({ length: MICRO }, (_, j) => reader.scale(`min(n0 + tn * ${MICRO}u + ${j}u, feature_last)`, at));
+    lines.push(`let ws${part} = vec4<f32>(${scales.join(", ")});`);
+    for (let i = 0; i < MICRO; i++) {
+      const xScale = parts.xScale(`min(m0 + tm * ${MICRO}u + ${i}u, rows - 1u)`, at);
+      lines.push(`sum${part}_${i} += vec4<f32>(part${part}_${i}) * (ws${part} * (${xScale}));`);
+    }
   }
   return lines.join("\n");
 }
