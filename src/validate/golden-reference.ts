@@ -3,7 +3,7 @@ import { FORMATS } from "../formats/table.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
 import { dequantizeTo } from "../quantize/dequantize.js";
 import { quantizeTensor } from "../quantize/quantize.js";
-import type { AttentionShape, GoldenBackend } from "./golden.js";
+import type { AttentionShape, GoldenBackend } from "./golden-case.js";
 
 /** The TypeScript definition of every number, as a golden backend. */
 export const REFERENCE_GOLDEN: GoldenBackend = {

@@ -1,99 +1,32 @@
-import type { FloatType } from "../core/dtype.js";
 import { FewbitError, nearestNames, throwIfAborted } from "../core/errors.js";
-import { type Codec, codecBits, type Format } from "../formats/format.js";
-import { signExtend } from "../formats/layouts.js";
-import { unpackFlat } from "../formats/pack.js";
-import { elementCodes, type QuantizedTensor, scaleValues, zeroValues } from "../formats/tensor.js";
-import type { QuantizeOptions } from "../quantize/quantize.js";
-import { GOLDEN_HANDLERS } from "./golden-cases.js";
+import { contextOf, type GoldenBackend, type GoldenHandler, type GoldenPrimitives } from "./golden-case.js";
+import { ATTENTION_AND_TRAINING } from "./golden-cases-attention.js";
+import { BASIC } from "./golden-cases-basic.js";
+import { CALIBRATION } from "./golden-cases-calibration.js";
+import { FLOAT } from "./golden-cases-float.js";
+import { INTEGER } from "./golden-cases-integer.js";
+import { MICRO } from "./golden-cases-micro.js";
 import {
   type Check,
   checkTensorValues,
   type GoldenCase,
   type GoldenFile,
   type GoldenManifest,
-  type GoldenTensorInfo,
-  type Numbers,
   readGoldenFile,
 } from "./golden-tensors.js";
 
+export * from "./golden-case.js";
 export * from "./golden-tensors.js";
 
-type Maybe<T> = T | Promise<T>;
-
-/** What attention is asked for: [batch, heads, tokens, size] row-major operands. */
-export interface AttentionShape {
-  readonly batch: number;
-  readonly heads: number;
-  readonly kvHeads: number;
-  readonly tokens: number;
-  readonly keys: number;
-  readonly size: number;
-  readonly causal: boolean;
-}
-
-/**
- * What a backend can do; every case is made of these. A backend leaves out what it lacks, and the cases that need it are reported
- * as unsupported, by name. Matrices are row-major; `f32` numbers only.
- */
-export interface GoldenPrimitives {
-  /** Codes of float32 values. */
-  encode(codec: Codec, values: Float32Array): Maybe<Uint32Array>;
-  /** Values of all given codes. */
-  decode(codec: Codec, codes: Uint32Array): Maybe<Float32Array>;
-  /** As `quantizeTensor`: values of `dtype`, bit-equal codes and scales. */
-  quantize(
-    data: Float32Array,
-    shape: readonly [n: number, k: number],
-    dtype: FloatType,
-    format: Format,
-    options: QuantizeOptions,
-  ): Maybe<QuantizedTensor>;
-  /** Values in `dtype`, rounded after every operation as torchao does. */
-  dequantize(tensor: QuantizedTensor, dtype: FloatType): Maybe<Float32Array>;
-  /** x [m, k] W^T + bias over the stored values: [m, n]. */
-  linear(x: Float32Array | QuantizedTensor, weight: QuantizedTensor, bias: Float32Array | null): Maybe<Float32Array>;
-  /** softmax(q k^T / sqrt(size)) v; causal row i sees keys 0..i. */
-  sdpa(q: Float32Array, k: Float32Array, v: Float32Array, shape: AttentionShape): Maybe<Float32Array>;
-  /**
-   * Algorithms that have no device part: packing orders of other libraries, calibration, optimizers, training casts. They run on the
-   * host for every backend, so only the reference offers this; other backends report such cases as unsupported.
-   */
-  host: true;
-}
-export type GoldenPrimitive = keyof GoldenPrimitives;
-
-export interface GoldenBackend {
-  readonly name: string;
-  readonly primitives: Partial<GoldenPrimitives>;
-  /** Why a primitive is left out, for reports. */
-  readonly lacks?: Partial<Record<GoldenPrimitive, string>>;
-}
-
-/** Cases of one config of the manifest: what they need and how their tensors are made. */
-export interface GoldenHandler {
-  readonly needs: readonly GoldenPrimitive[] | ((golden: GoldenCase) => readonly GoldenPrimitive[]);
-  run(context: GoldenContext): Promise<void>;
-}
-
-/** One case at work. */
-export interface GoldenContext {
-  readonly golden: GoldenCase;
-  readonly backend: GoldenPrimitives;
-  /** Numbers of a stored tensor. */
-  input(name: string): Numbers;
-  /** Numbers of a stored float tensor. */
-  floats(name: string): Float32Array;
-  has(name: string): boolean;
-  shape(name: string): readonly number[];
-  /** Leading dimensions folded into rows. */
-  matrix(name: string): readonly [n: number, k: number];
-  dtype(name: string): FloatType;
-  /** Hands over the result for a tensor; a name may be given more than once, and names that a case lacks are ignored. */
-  put(name: string, values: ArrayLike<number>): void;
-  /** Quantizes a stored tensor with torchao's literal numerics. */
-  quantize(name: string, format: Format, options?: QuantizeOptions): Promise<QuantizedTensor>;
-}
+/** How the cases of each config of the manifest are run. */
+export const GOLDEN_HANDLERS: Readonly<Record<string, GoldenHandler>> = {
+  ...BASIC,
+  ...FLOAT,
+  ...INTEGER,
+  ...MICRO,
+  ...CALIBRATION,
+  ...ATTENTION_AND_TRAINING,
+};
 
 export interface GoldenResult {
   readonly case: string;
@@ -127,7 +60,11 @@ export async function* runGolden(options: GoldenOptions): AsyncGenerator<GoldenR
 }
 
 async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions): Promise<GoldenResult> {
-  const result = (status: GoldenResult["status"], reason: string | null, checks: readonly Check[] = []): GoldenResult => ({
+  const result = (
+    status: GoldenResult["status"],
+    reason: string | null,
+    checks: readonly Check[] = [],
+  ): GoldenResult => ({
     case: golden.name,
     config: golden.config,
     status,
@@ -162,7 +99,11 @@ async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions)
   }
 }
 
-function checkAll(golden: GoldenCase, file: GoldenFile, results: readonly (readonly [string, ArrayLike<number>])[]): Check[] {
+function checkAll(
+  golden: GoldenCase,
+  file: GoldenFile,
+  results: readonly (readonly [string, ArrayLike<number>])[],
+): Check[] {
   const checks: Check[] = [];
   for (const info of golden.tensors) {
     if (info.tolerance.kind === "info") continue;
@@ -173,71 +114,4 @@ function checkAll(golden: GoldenCase, file: GoldenFile, results: readonly (reado
     for (const [, values] of given) checks.push(checkTensorValues(info, file.numbers(info.name), values, golden, file));
   }
   return checks;
-}
-
-function contextOf(
-  golden: GoldenCase,
-  file: GoldenFile,
-  backend: GoldenPrimitives,
-  results: [string, ArrayLike<number>][],
-): GoldenContext {
-  const info = (name: string): GoldenTensorInfo => {
-    const found = golden.tensors.find((tensor) => tensor.name === name);
-    if (found === undefined) throw new FewbitError("model/missing-tensor", { name, path: golden.file });
-    return found;
-  };
-  const context: GoldenContext = {
-    golden,
-    backend,
-    input: (name) => file.numbers(name),
-    floats: (name) => file.numbers(name) as Float32Array,
-    has: (name) => file.has(name),
-    shape: (name) => info(name).shape,
-    matrix: (name) => {
-      const { shape } = info(name);
-      const k = shape.at(-1) ?? 1;
-      return [shape.reduce((a, b) => a * b, 1) / k, k];
-    },
-    dtype: (name) => floatTypeOf(info(name).dtype),
-    put: (name, values) => void results.push([name, values]),
-    quantize: async (name, format, options = {}) =>
-      backend.quantize(context.floats(name), context.matrix(name), context.dtype(name), format, {
-        numerics: "torchao",
-        ...options,
-      }),
-  };
-  return context;
-}
-
-/** torch dtype names, and safetensors ones, as fewbit's. */
-export function floatTypeOf(name: unknown): FloatType {
-  const types: Record<string, FloatType> = { float32: "f32", F32: "f32", bfloat16: "bf16", BF16: "bf16", float16: "f16", F16: "f16" };
-  const type = types[String(name)];
-  if (type === undefined) {
-    throw new FewbitError("dtype/mismatch", { what: "a golden tensor", got: String(name), expected: Object.keys(types).join(", ") });
-  }
-  return type;
-}
-
-/** Element codes as a golden file stores them: signed integers as numbers, everything else as unsigned codes. */
-export function storedCodes(tensor: QuantizedTensor): ArrayLike<number> {
-  const { element } = tensor.format;
-  const codes = elementCodes(tensor);
-  return element.kind === "int" && element.signed ? signExtend(codes, codecBits(element)) : codes;
-}
-
-/** Raw codes of a scale level, one per block. */
-export function scaleBits(tensor: QuantizedTensor, level = 0): Uint32Array {
-  const codec = tensor.format.scales[level]?.codec as Codec;
-  return unpackFlat(tensor.scales[level] as Uint32Array, scaleValues(tensor, level).length, codecBits(codec));
-}
-
-/** Hands over codes, scales (values and bits) and zero points of a tensor under the usual names. */
-export function putParts(context: GoldenContext, prefix: string, tensor: QuantizedTensor): void {
-  context.put(`${prefix}codes`, storedCodes(tensor));
-  if (tensor.format.scales.length === 0) return;
-  context.put(`${prefix}scale`, scaleValues(tensor, 0));
-  context.put(`${prefix}scale.bits`, scaleBits(tensor));
-  const zeros = zeroValues(tensor);
-  context.put(`${prefix}zero_point`, zeros.length > 0 ? zeros : new Float32Array(scaleValues(tensor, 0).length));
 }

@@ -74,7 +74,7 @@ export function quantizeKernel(
   // Where blocks lie in one row and start on whole words, the threads that choose for a block can also encode it.
   const fused = job.height === 1 && (job.columns === 1 || (width * job.bits) % 32 === 0);
   const outer = outerPasses(job);
-  const extremes = !fused || outer.length > 1 ? 2 * capacityRows * job.columns : 0;
+  const extremes = fused ? (outer.length > 1 ? 2 * capacityRows : 0) : parametersAt(job);
   return {
     passes: [...outer, ...(fused ? [fusedPass(job)] : [extremesPass(job), choosePass(job), encodePass(job)])],
     scratchWords: extremes + (fused ? 0 : 2 * blockCount(job, capacityRows)),
@@ -351,8 +351,8 @@ function choosePass(job: Job): KernelPass {
   const lanes = 64;
   const chunk = Math.max(THREADS / lanes, blocksPerWord(job));
   const bands = height === null ? `min(${rows}, 1u)` : `((${rows} + ${height - 1}u) / ${height}u)`;
-  const top = height === null ? "0u" : `block / ${columns}u * ${height}u`;
-  const tall = height === null ? rows : `min(${height}u, ${rows} - top)`;
+  const top = height === null ? "0u" : `(block / ${columns}u * ${height}u)`;
+  const tall = height === null ? rows : `min(${height}u, ${rows} - ${top})`;
   return reduction(job, {
     bindings: ["params", "out", "scratch"],
     lanes,
@@ -360,9 +360,8 @@ function choosePass(job: Job): KernelPass {
     functions: `var<workgroup> chosen: array<Chosen, ${chunk}>;`,
     total: `${bands} * ${columns}u`,
     count: (n) => blockCount(job, n),
-    load: `let top = ${top};
-      ${loadScratch(tall, `(top + i) * ${columns}u + block % ${columns}u`, lanes)}`,
-    finish: `chosen[slot] = choose(lo, hi, outer_at(${height === 1 ? "top_row(block)" : "0u"}));
+    load: loadScratch(tall, `(${top} + i) * ${columns}u + block % ${columns}u`, lanes),
+    finish: `chosen[slot] = choose(lo, hi, outer_at(${top}));
       scratch[${parametersAt(job)}u + 2u * block] = chosen[slot].a;
       scratch[${parametersAt(job)}u + 2u * block + 1u] = chosen[slot].b;`,
     after: storeScales(job, chunk),

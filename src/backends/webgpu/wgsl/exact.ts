@@ -24,12 +24,11 @@ fn exact_clamp(a: u32, low: u32, high: u32) -> u32 {
   return select(select(a, high, exact_less(high, a)), low, exact_less(a, low));
 }
 
-// Biased exponent and 24-bit significand (leading bit set) of a finite number that is not zero.
-fn exact_parts(magnitude: u32) -> vec2<i32> {
-  let field = magnitude >> 23u;
-  if (field != 0u) { return vec2<i32>(i32(field), i32((magnitude & 0x7fffffu) | 0x800000u)); }
-  let shift = countLeadingZeros(magnitude) - 8u;
-  return vec2<i32>(1 - i32(shift), i32(magnitude << shift));
+// Biased exponent and 24-bit significand (leading bit set) of a finite number; of zero, garbage and 0.
+fn exact_parts(magnitude: u32) -> vec2<u32> {
+  let field = max(magnitude >> 23u, 1u);
+  let shift = select(0u, countLeadingZeros(magnitude) - 8u, magnitude < 0x800000u);
+  return vec2<u32>(field - shift, (magnitude - ((field - 1u) << 23u)) << (shift & 31u));
 }
 
 // Rounds significand * 2^(exponent - 127 - 26): bit 26 leads, the last of its three extra bits stands for all that was lost.
@@ -43,72 +42,60 @@ fn exact_pack(sign: u32, exponent: i32, significand: u32) -> u32 {
 
 fn exact_mul(a: u32, b: u32) -> u32 {
   let sign = (a ^ b) & 0x80000000u;
-  let ma = a & 0x7fffffffu;
-  let mb = b & 0x7fffffffu;
-  if (max(ma, mb) >= 0x7f800000u) {
-    return select(sign | 0x7f800000u, 0x7fc00000u, max(ma, mb) > 0x7f800000u || min(ma, mb) == 0u);
-  }
-  if (min(ma, mb) == 0u) { return sign; }
-  let pa = exact_parts(ma);
-  let pb = exact_parts(mb);
-  let a1 = u32(pa.y) >> 12u;
-  let a0 = u32(pa.y) & 0xfffu;
-  let b1 = u32(pb.y) >> 12u;
-  let b0 = u32(pb.y) & 0xfffu;
+  let larger = max(a & 0x7fffffffu, b & 0x7fffffffu);
+  let smaller = min(a & 0x7fffffffu, b & 0x7fffffffu);
+  let l = exact_parts(larger);
+  let s = exact_parts(smaller);
   // The product in two parts of 24 bits.
-  let middle = a1 * b0 + a0 * b1;
-  let low = a0 * b0 + ((middle & 0xfffu) << 12u);
-  let high = a1 * b1 + (middle >> 12u) + (low >> 24u);
-  let long = high >= 0x800000u;
-  let taken = select(20u, 21u, long);
+  let middle = (l.y >> 12u) * (s.y & 0xfffu) + (l.y & 0xfffu) * (s.y >> 12u);
+  let low = (l.y & 0xfffu) * (s.y & 0xfffu) + ((middle & 0xfffu) << 12u);
+  let high = (l.y >> 12u) * (s.y >> 12u) + (middle >> 12u) + (low >> 24u);
   let tail = low & 0xffffffu;
+  let long = high >> 23u;
+  let taken = 20u + long;
   let lost = (tail & ((1u << taken) - 1u)) != 0u;
   let significand = (high << (24u - taken)) | (tail >> taken) | select(0u, 1u, lost);
-  return exact_pack(sign, pa.x + pb.x - 127 + select(0, 1, long), significand);
+  let product = exact_pack(sign, bitcast<i32>(l.x + s.x + long) - 127, significand);
+  let zero_or_infinity = sign | select(0u, 0x7f800000u, larger == 0x7f800000u);
+  let special = larger > 0x7f800000u || (larger == 0x7f800000u && smaller == 0u);
+  return select(
+    select(product, zero_or_infinity, smaller == 0u || larger == 0x7f800000u),
+    0x7fc00000u, special);
 }
 
 fn exact_div(a: u32, b: u32) -> u32 {
   let sign = (a ^ b) & 0x80000000u;
   let ma = a & 0x7fffffffu;
   let mb = b & 0x7fffffffu;
-  if (max(ma, mb) > 0x7f800000u) { return 0x7fc00000u; }
-  if (ma == mb && (ma == 0u || ma == 0x7f800000u)) { return 0x7fc00000u; }
-  if (ma == 0u || mb == 0x7f800000u) { return sign; }
-  if (mb == 0u || ma == 0x7f800000u) { return sign | 0x7f800000u; }
-  let pa = exact_parts(ma);
-  let pb = exact_parts(mb);
-  let lift = select(0u, 1u, pa.y < pb.y);
-  let divisor = pb.y;
-  let dividend = u32(pa.y) << lift;
-  // quotient = floor(dividend * 2^23 / divisor), between 2^23 and 2^24. The estimate is a few units off, so the low 32 bits
-  // of the remainder are enough to see by how much.
-  var quotient = u32(f32(dividend) / f32(divisor) * 8388608.0);
-  var remainder = bitcast<i32>((dividend << 23u) - quotient * u32(divisor));
-  while (remainder < 0) {
-    quotient -= 1u;
-    remainder += divisor;
+  let n = exact_parts(ma);
+  let d = exact_parts(mb);
+  let lift = select(0u, 1u, n.y < d.y);
+  let dividend = n.y << lift;
+  // quotient = floor(dividend * 2^23 / d.y), between 2^23 and 2^24. The estimate is at most four off (division may err by 2.5
+  // units, and its unit is 1 here), so the low 32 bits of the remainder tell it exactly: from 8 below, 15 steps up.
+  var quotient = u32(f32(dividend) / f32(d.y) * 8388608.0) - 8u;
+  var remainder = (dividend << 23u) - quotient * d.y;
+  for (var step = 8u; step > 0u; step >>= 1u) {
+    let over = remainder >= d.y * step;
+    quotient += select(0u, step, over);
+    remainder -= select(0u, d.y * step, over);
   }
-  while (remainder >= divisor) {
-    quotient += 1u;
-    remainder -= divisor;
-  }
-  let twice = 2 * remainder;
-  let half = twice >= divisor;
-  let lost = remainder != 0 && twice != divisor;
-  let significand = (quotient << 3u) | select(0u, 4u, half) | select(0u, 1u, lost);
-  return exact_pack(sign, pa.x - pb.x + 127 - i32(lift), significand);
+  let twice = 2u * remainder;
+  let significand = (quotient << 3u) | select(0u, 4u, twice >= d.y) | select(0u, 1u, remainder != 0u && twice != d.y);
+  let ratio = exact_pack(sign, bitcast<i32>(n.x - d.x - lift) + 127, significand);
+  let infinite = ma == 0x7f800000u || mb == 0u;
+  let special = max(ma, mb) > 0x7f800000u || (ma == mb && (ma == 0u || infinite));
+  return select(
+    select(ratio, sign | select(0u, 0x7f800000u, infinite), infinite || ma == 0u || mb == 0x7f800000u),
+    0x7fc00000u, special);
 }
 
 fn exact_add(a: u32, b: u32) -> u32 {
-  let larger = select(b, a, (a & 0x7fffffffu) >= (b & 0x7fffffffu));
-  let smaller = select(a, b, (a & 0x7fffffffu) >= (b & 0x7fffffffu));
+  let swap = (a & 0x7fffffffu) < (b & 0x7fffffffu);
+  let larger = select(a, b, swap);
   let ml = larger & 0x7fffffffu;
-  let ms = smaller & 0x7fffffffu;
-  let opposite = ((larger ^ smaller) & 0x80000000u) != 0u;
-  if (ml >= 0x7f800000u) {
-    return select(larger, 0x7fc00000u, ml > 0x7f800000u || (ms == 0x7f800000u && opposite));
-  }
-  if (ms == 0u) { return select(larger, a & b, ml == 0u); }
+  let ms = select(b, a, swap) & 0x7fffffffu;
+  let opposite = (a ^ b) >= 0x80000000u;
   let el = max(ml >> 23u, 1u);
   let es = max(ms >> 23u, 1u);
   let l = (ml - ((el - 1u) << 23u)) << 3u;
@@ -116,13 +103,16 @@ fn exact_add(a: u32, b: u32) -> u32 {
   let shift = min(el - es, 27u);
   let aligned = (s >> shift) | select(0u, 1u, (s & ((1u << shift) - 1u)) != 0u);
   let sum = select(l + aligned, l - aligned, opposite);
-  if (sum == 0u) { return 0u; }
   // Brings the leading bit to place 26: one to the right after a carry, or to the left after cancellation.
   let zeros = countLeadingZeros(sum);
   let carry = zeros < 5u;
   let left = select(zeros - 5u, 0u, carry);
-  let significand = select(sum << left, (sum >> 1u) | (sum & 1u), carry);
-  return exact_pack(larger & 0x80000000u, i32(el) - i32(left) + select(0, 1, carry), significand);
+  let significand = select(sum << (left & 31u), (sum >> 1u) | (sum & 1u), carry);
+  let total = exact_pack(larger & 0x80000000u, bitcast<i32>(el - left + select(0u, 1u, carry)), significand);
+  let special = ml > 0x7f800000u || (ms == 0x7f800000u && opposite);
+  return select(
+    select(select(total, 0u, sum == 0u), select(larger, a & b, ml == 0u), ms == 0u || ml == 0x7f800000u),
+    0x7fc00000u, special);
 }
 
 fn exact_sub(a: u32, b: u32) -> u32 { return exact_add(a, b ^ 0x80000000u); }

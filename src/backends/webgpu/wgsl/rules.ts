@@ -189,7 +189,7 @@ function amax({ format, dtype, guarded }: Context, rule: RuleOf<"amax">): RuleTe
   const top = maxValue(format.element);
   const least = f(2 ** -126);
   return {
-    functions: `${coder(firstScale(format), "scale")}${POWER}
+    functions: `${coder(firstScale(format), "scale")}${rule.power ? POWER : ""}
 fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
   let largest = exact_clamp(larger(negative(lo), hi), ${bound(rule.floor)}, ${bound(rule.ceiling ?? Number.POSITIVE_INFINITY)});
   let quotient = exact_div(largest, ${f(top)});
@@ -209,7 +209,7 @@ const POWER = /* wgsl */ `
 fn nearest_power(a: u32) -> u32 {
   if (a == 0u || a >= 0x7f800000u) { return a; }
   let parts = exact_parts(a);
-  let exponent = parts.x + select(0, 1, (parts.y & 0x7fffff) > 0x3504f3);
+  let exponent = bitcast<i32>(parts.x) + select(0, 1, (parts.y & 0x7fffffu) > 0x3504f3u);
   return select(1u << u32(max(exponent + 22, 0)), u32(exponent) << 23u, exponent > 0);
 }
 `;

@@ -1,0 +1,96 @@
+import { Command } from "commander";
+import type { Capabilities } from "../backends/backend.js";
+import { FewbitError } from "../core/errors.js";
+import { FORMATS } from "../formats/table.js";
+import { listQuantizeNames } from "../quantize/names.js";
+import { backendOption, examples, openDevice } from "./options.js";
+import { bundledModel, PACKAGE, shortPath } from "./package.js";
+import { describeDevice, deviceRows } from "./report.js";
+import { type Cli, printJson, showBytes, table } from "./terminal.js";
+
+export function infoCommand(cli: Cli): Command {
+  return new Command("info")
+    .summary("say what is here: device, formats, names for --quantize")
+    .description(
+      "Opens the device that run would take and says which it is, why, and what it can do; then the formats and names that fewbit knows.",
+    )
+    .addOption(backendOption())
+    .option("--json", "one JSON object on stdout")
+    .addHelpText(
+      "after",
+      examples(["fewbit info", "everything"], ["fewbit info --json | jq -r '.quantize[]'", "the names for --quantize"]),
+    )
+    .action((options: { backend: string }) => info(cli, options.backend));
+}
+
+/** Without a device the rest is still said, and the command then fails with the device's error. */
+async function info(cli: Cli, backend: string): Promise<void> {
+  const here = {
+    command: "info",
+    version: PACKAGE.version,
+    node: process.versions.node,
+    platform: `${process.platform}-${process.arch}`,
+    model: shortPath(bundledModel()),
+    quantize: listQuantizeNames(),
+    formats: Object.keys(FORMATS),
+  };
+  const device = await openDevice(backend, cli.signal).catch((error: unknown) => {
+    if (!(error instanceof FewbitError) || error.code !== "device/unavailable") throw error;
+    return error;
+  });
+  if (device instanceof FewbitError) {
+    if (!cli.json) cli.out.write(text(cli, here, [["device", "none"]]));
+    throw device;
+  }
+  await using opened = device;
+  const about = describeDevice(opened);
+  const { capabilities } = opened;
+  if (cli.json) {
+    return printJson(cli.out, {
+      ...here,
+      device: about,
+      capabilities: { ...capabilities, features: [...capabilities.features] },
+    });
+  }
+  cli.out.write(text(cli, here, [...deviceRows(about), ...capabilityRows(about.backend, capabilities)]));
+}
+
+function text(
+  cli: Cli,
+  here: { version: string; node: string; platform: string; model: string; quantize: string[]; formats: string[] },
+  device: [string, string][],
+): string {
+  return table(
+    [
+      ["fewbit", `${here.version}, Node ${here.node} on ${here.platform}`],
+      ...device,
+      ["model", here.model],
+      ["quantize", wrap(here.quantize)],
+      ["formats", wrap(here.formats)],
+    ],
+    cli.out.color,
+  );
+}
+
+function capabilityRows(backend: string, capabilities: Capabilities): [string, string][] {
+  if (backend === "reference") return [];
+  const { features, maxBuffer, maxBinding, workgroupMemory, maxInvocations, subgroupSize } = capabilities;
+  const [least, most] = subgroupSize;
+  const subgroups = most === 0 ? "no subgroups" : `subgroups of ${least === most ? least : `${least} to ${most}`}`;
+  return [
+    ["features", wrap([...features])],
+    ["limits", `buffer ${showBytes(maxBuffer)}, binding ${showBytes(maxBinding)}`],
+    ["workgroup", `${showBytes(workgroupMemory)}, ${maxInvocations} invocations, ${subgroups}`],
+  ];
+}
+
+/** Words in lines of at most 100 characters. */
+function wrap(words: readonly string[]): string {
+  const lines: string[] = [];
+  for (const word of words) {
+    const last = lines.at(-1);
+    if (last !== undefined && last.length + word.length < 100) lines[lines.length - 1] = `${last} ${word}`;
+    else lines.push(word);
+  }
+  return lines.join("\n") || "none";
+}

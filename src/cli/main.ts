@@ -1,0 +1,94 @@
+#!/usr/bin/env node
+import { Command, CommanderError } from "commander";
+import { FewbitError, nearestNames } from "../core/errors.js";
+import { explainCommand } from "./explain.js";
+import { infoCommand } from "./info.js";
+import { examples } from "./options.js";
+import { PACKAGE } from "./package.js";
+import { runCommand } from "./run.js";
+import { attach, type Cli, EXIT, printError } from "./terminal.js";
+
+const EXIT_CODES = `
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
+NO_COLOR turns colours off, FORCE_COLOR on. Errors carry a code in brackets; with --json they are {"error": {...}} on stdout.
+`;
+
+function program(cli: Cli): Command {
+  const root = new Command("fewbit")
+    .description("Quantized neural-network inference on WebGPU.")
+    .version(PACKAGE.version)
+    .addCommand(runCommand(cli))
+    .addCommand(infoCommand(cli))
+    .addCommand(explainCommand(cli))
+    .addHelpText(
+      "after",
+      examples(["fewbit run", "generate text with the bundled model"], ["fewbit run --help", "every option of run"]) +
+        EXIT_CODES,
+    );
+  for (const command of [root, ...root.commands]) {
+    command
+      .exitOverride()
+      .configureOutput({ writeErr: () => {} })
+      .configureHelp({ styleTitle: cli.out.color.bold, showGlobalOptions: false })
+      .showHelpAfterError(false);
+  }
+  return root;
+}
+
+/** Runs one command line and returns its exit code; nothing is left open. */
+async function main(args: readonly string[]): Promise<number> {
+  const cli = attach(args.includes("--json"));
+  const root = program(cli);
+  try {
+    if (args.length === 0) {
+      cli.err.write(root.helpInformation());
+      return EXIT.usage;
+    }
+    await root.parseAsync(args, { from: "user" });
+    return cli.exitCode() ?? EXIT.ok;
+  } catch (caught) {
+    if (caught instanceof CommanderError && caught.exitCode === 0) return EXIT.ok;
+    const error = caught instanceof CommanderError ? usageError(caught, root, args) : caught;
+    const stopped = cli.exitCode();
+    if (stopped === EXIT.ok) return stopped;
+    printError(cli, error);
+    return stopped ?? (isUsage(error) ? EXIT.usage : EXIT.failure);
+  } finally {
+    cli.restore();
+  }
+}
+
+function isUsage(error: unknown): boolean {
+  return error instanceof FewbitError && error.code.startsWith("argument/");
+}
+
+/** What the argument parser says, as an error of ours. */
+function usageError({ code, message }: CommanderError, root: Command, args: readonly string[]): FewbitError {
+  const command = root.commands.find((candidate) => candidate.name() === args[0]);
+  const hint = `fewbit ${command ? `${command.name()} ` : ""}--help shows what there is`;
+  const [, quoted = ""] = /'([^']*)'/.exec(message) ?? [];
+  const unknown = (kind: string, legal: readonly string[]) =>
+    new FewbitError("argument/unknown-name", { kind, name: quoted, nearest: nearestNames(quoted, legal, 3) }, { hint });
+  if (code === "commander.unknownCommand")
+    return unknown(
+      "command",
+      root.commands.map((candidate) => candidate.name()),
+    );
+  if (code === "commander.unknownOption") {
+    return unknown(
+      "option",
+      (command ?? root).options.map((option) => option.long ?? option.flags),
+    );
+  }
+  if (code === "commander.optionMissingArgument") {
+    return new FewbitError("argument/invalid", { name: quoted, value: "", expected: "a value" }, { hint });
+  }
+  const reason = message.replace(/^error: /, "");
+  return new FewbitError(
+    "argument/invalid",
+    { name: "the command line", value: args.join(" "), expected: reason },
+    { hint },
+  );
+}
+
+process.exitCode = await main(process.argv.slice(2));

@@ -1,0 +1,3 @@
+import type { GoldenHandler } from "./golden-case.js";
+
+export const CALIBRATION: Readonly<Record<string, GoldenHandler>> = {};
