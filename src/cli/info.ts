@@ -65,7 +65,7 @@ function text(
       ["fewbit", `${here.version}, Node ${here.node} on ${here.platform}`],
       ...device,
       ["model", here.model],
-      ["quantize", wrap(here.quantize)],
+      ["quantize", wrap(families(here.quantize))],
       ["formats", wrap(here.formats)],
     ],
     cli.out.color,
@@ -82,6 +82,24 @@ function capabilityRows(backend: string, capabilities: Capabilities): [string, s
     ["limits", `buffer ${showBytes(maxBuffer)}, binding ${showBytes(maxBinding)}`],
     ["workgroup", `${showBytes(workgroupMemory)}, ${maxInvocations} invocations, ${subgroups}`],
   ];
+}
+
+/** Names that differ in a bit width or a group size only, as one: `int4wo-{32,64,128,256}`. */
+function families(names: readonly string[]): string[] {
+  const found = new Map<string, Set<string>[]>();
+  for (const name of names) {
+    const numbers: string[] = [];
+    const family = name.replace(/(?<=^intx|^8da)\d|(?<=-)\d+/g, (number) => `{${numbers.push(number) - 1}}`);
+    const values = found.get(family) ?? numbers.map(() => new Set<string>());
+    for (const [i, number] of numbers.entries()) values[i]?.add(number);
+    found.set(family, values);
+  }
+  return [...found].map(([family, values]) =>
+    family.replace(/\{(\d)\}/g, (_, i: string) => {
+      const list = [...(values[Number(i)] as Set<string>)];
+      return list.length === 1 ? (list[0] as string) : `{${list.join(",")}}`;
+    }),
+  );
 }
 
 /** Words in lines of at most 100 characters. */

@@ -28,7 +28,7 @@ function program(cli: Cli): Command {
   for (const command of [root, ...root.commands]) {
     command
       .exitOverride()
-      .configureOutput({ writeErr: () => {} })
+      .configureOutput({ outputError: () => {} })
       .configureHelp({ styleTitle: cli.out.color.bold, showGlobalOptions: false })
       .showHelpAfterError(false);
   }
@@ -41,53 +41,42 @@ async function main(args: readonly string[]): Promise<number> {
   const root = program(cli);
   try {
     if (args.length === 0) {
-      cli.err.write(root.helpInformation());
+      root.outputHelp({ error: true });
       return EXIT.usage;
     }
     await root.parseAsync(args, { from: "user" });
-    return cli.exitCode() ?? EXIT.ok;
+    return cli.stopped() === "interrupted" ? EXIT.interrupted : EXIT.ok;
   } catch (caught) {
     if (caught instanceof CommanderError && caught.exitCode === 0) return EXIT.ok;
+    if (cli.stopped() === "closed") return EXIT.ok;
     const error = caught instanceof CommanderError ? usageError(caught, root, args) : caught;
-    const stopped = cli.exitCode();
-    if (stopped === EXIT.ok) return stopped;
     printError(cli, error);
-    return stopped ?? (isUsage(error) ? EXIT.usage : EXIT.failure);
+    if (cli.stopped() === "interrupted") return EXIT.interrupted;
+    return error instanceof FewbitError && error.code.startsWith("argument/") ? EXIT.usage : EXIT.failure;
   } finally {
     cli.restore();
   }
 }
 
-function isUsage(error: unknown): boolean {
-  return error instanceof FewbitError && error.code.startsWith("argument/");
-}
-
 /** What the argument parser says, as an error of ours. */
 function usageError({ code, message }: CommanderError, root: Command, args: readonly string[]): FewbitError {
+  const names = root.commands.map((candidate) => candidate.name());
   const command = root.commands.find((candidate) => candidate.name() === args[0]);
+  const options = (command ?? root).options.map((option) => option.long ?? option.flags);
   const hint = `fewbit ${command ? `${command.name()} ` : ""}--help shows what there is`;
   const [, quoted = ""] = /'([^']*)'/.exec(message) ?? [];
   const unknown = (kind: string, legal: readonly string[]) =>
     new FewbitError("argument/unknown-name", { kind, name: quoted, nearest: nearestNames(quoted, legal, 3) }, { hint });
-  if (code === "commander.unknownCommand")
-    return unknown(
-      "command",
-      root.commands.map((candidate) => candidate.name()),
-    );
-  if (code === "commander.unknownOption") {
-    return unknown(
-      "option",
-      (command ?? root).options.map((option) => option.long ?? option.flags),
-    );
-  }
-  if (code === "commander.optionMissingArgument") {
-    return new FewbitError("argument/invalid", { name: quoted, value: "", expected: "a value" }, { hint });
-  }
-  const reason = message.replace(/^error: /, "");
-  return new FewbitError(
-    "argument/invalid",
-    { name: "the command line", value: args.join(" "), expected: reason },
-    { hint },
+  const invalid = (name: string, value: string, expected: string) =>
+    new FewbitError("argument/invalid", { name, value, expected }, { hint });
+  if (code === "commander.unknownCommand") return unknown("command", names);
+  if (code === "commander.unknownOption") return unknown("option", options);
+  if (code === "commander.optionMissingArgument") return invalid(/--[\w-]+/.exec(quoted)?.[0] ?? quoted, "", "a value");
+  const tooMany = code === "commander.excessArguments";
+  return invalid(
+    "the command line",
+    args.join(" "),
+    tooMany ? "fewer arguments (quote a text that has spaces)" : message,
   );
 }
 

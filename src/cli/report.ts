@@ -103,11 +103,13 @@ export function modelRows(model: ReturnType<typeof describeModel>): Rows {
 export function speedRows(speed: ReturnType<typeof describeSpeed>, layers: number, backend: string): Rows {
   const rate = (tokens: number, seconds: number, perSecond: number | null) =>
     `${count(tokens, "token")} in ${showSeconds(seconds)}${perSecond === null ? "" : `, ${perSecond.toFixed(1)} tokens/s`}`;
+  if (speed.generatedTokens === 0) return [];
   const rows: Rows = [
     ["prompt", rate(speed.promptTokens, speed.promptSeconds, speed.promptTokensPerSecond)],
     ["decode", rate(Math.max(0, speed.generatedTokens - 1), speed.decodeSeconds, speed.decodeTokensPerSecond)],
   ];
   if (speed.dispatchesPerToken === null) return rows;
+  const work = backend === "reference" ? "computing" : "encoding";
   const dispatches = `${speed.dispatchesPerToken.toFixed(0)} dispatches a token for ${count(layers, "layer")}`;
   return [
     ...rows,

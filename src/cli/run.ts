@@ -74,7 +74,9 @@ async function run(cli: Cli, folder: string | undefined, options: RunOptions): P
     }
     if (endsText(model, tokens.at(-1))) finish = "eos";
   } catch (error) {
-    if (!(error instanceof FewbitError) || error.code !== "operation/aborted") throw error;
+    const interrupted =
+      error instanceof FewbitError && error.code === "operation/aborted" && cli.stopped() === "interrupted";
+    if (!interrupted) throw error;
     finish = "interrupted";
   }
   const about = { device: describeDevice(device), model: describeModel(shortPath(path), model, options.quantize) };

@@ -20,26 +20,25 @@ export interface Cli {
   /** Everything said about it: progress, summaries, errors. */
   readonly err: Screen;
   readonly json: boolean;
-  /** Fires on Ctrl-C, and when nobody reads stdout any more. */
+  /** Fires on Ctrl-C, and when nobody reads the output any more; `stopped` then says which. */
   readonly signal: AbortSignal;
+  stopped(): "interrupted" | "closed" | null;
 }
 
 /** A command line attached to this process. `restore` gives the process its signals back. */
-export function attach(json: boolean): Cli & { readonly exitCode: () => number | null; readonly restore: () => void } {
+export function attach(json: boolean): Cli & { restore(): void } {
   const controller = new AbortController();
-  let exitCode: number | null = null;
-  const stop = (code: number) => {
-    exitCode ??= code;
-    controller.abort();
-  };
+  let stopped: "interrupted" | "closed" | null = null;
   const interrupt = () => {
     // The second Ctrl-C does not wait for anything.
-    if (exitCode === EXIT.interrupted) process.exit(EXIT.interrupted);
-    stop(EXIT.interrupted);
+    if (stopped === "interrupted") process.exit(EXIT.interrupted);
+    stopped ??= "interrupted";
+    controller.abort();
   };
   const closed = (error: NodeJS.ErrnoException) => {
     if (error.code !== "EPIPE") throw error;
-    stop(EXIT.ok);
+    stopped ??= "closed";
+    controller.abort();
   };
   process.on("SIGINT", interrupt);
   process.stdout.on("error", closed);
@@ -49,7 +48,7 @@ export function attach(json: boolean): Cli & { readonly exitCode: () => number |
     err: screen(process.stderr),
     json,
     signal: controller.signal,
-    exitCode: () => exitCode,
+    stopped: () => stopped,
     restore: () => void process.off("SIGINT", interrupt),
   };
 }

@@ -1,4 +1,4 @@
-import { type Block, type Codec, defineFormat, type Format, type Rule } from "./format.js";
+import { type Block, type Codec, defineFormat, type Format, type Rule, withRule } from "./format.js";
 
 const float = (
   exponent: number,
@@ -256,3 +256,11 @@ export type FormatName = keyof typeof ROWS;
 export const FORMATS = Object.fromEntries(
   Object.entries(ROWS).map(([name, row]) => [name, defineFormat(name, row)]),
 ) as unknown as Readonly<Record<FormatName, Format>>;
+
+/** Rows with another rule that several places name: what they mean is the row, how they are made differs. */
+export const VARIANTS = {
+  /** 5.2: MSLK's activations, amax floored at 1/512 and a float32 scale. */
+  float8_mslk: withRule(FORMATS.float8_e4m3, "mslk", { rule: { kind: "amax", floor: 1 / 512, round: "after" } }),
+  /** 9.2: activations of 8daNw, eps the dtype's smallest normal number. */
+  int8_intx: withRule(FORMATS.int8_asymmetric, "intx", { rule: affine({ bits: 8, signed: true }, "asymmetric") }),
+} as const;

@@ -21,6 +21,18 @@ export function hostBytes(tensor: HostTensor): number {
   return isDense(tensor) ? tensor.data.byteLength : tensorBytes(tensor);
 }
 
+/** The same tensor in buffers of its own. */
+export function copyTensor(tensor: HostTensor): HostTensor {
+  if (isDense(tensor)) return { ...tensor, data: tensor.data.slice() };
+  return {
+    ...tensor,
+    qdata: tensor.qdata.slice(),
+    scales: tensor.scales.map((codes) => codes.slice()),
+    ...(tensor.zero && { zero: tensor.zero.slice() }),
+    ...(tensor.table && { table: tensor.table.slice() }),
+  };
+}
+
 /** A zero-filled host tensor of a type, its symbols at the given values. */
 export function zeros(type: TensorType, symbols: Readonly<Record<string, number>>): HostTensor {
   const shape = concreteShape(type.shape, symbols);

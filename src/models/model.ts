@@ -78,9 +78,14 @@ export async function loadModel(
   );
   const capacity = options.context ?? config.contextLength;
   if (!Number.isInteger(capacity) || capacity < 1 || capacity > config.contextLength) {
-    throw new FewbitError("argument/invalid", { name: "context", value: capacity, expected: `an integer from 1 to ${config.contextLength}` });
+    throw new FewbitError("argument/invalid", {
+      name: "context",
+      value: capacity,
+      expected: `an integer from 1 to ${config.contextLength}`,
+    });
   }
-  const selection = typeof options.quantize === "string" ? parseQuantizeName(options.quantize) : (options.quantize ?? null);
+  const selection =
+    typeof options.quantize === "string" ? parseQuantizeName(options.quantize) : (options.quantize ?? null);
   await using checkpoint = await openCheckpoint(directory, open);
   const specs = tensorSpecs(config);
   const weights = planWeights(checkpoint, specs, selection);
@@ -99,7 +104,8 @@ export async function loadModel(
     buckets: [{ [TOKENS]: 1 }],
     ...open,
     weights: async (name) => {
-      if (name === ROPE_TABLE) return { dtype: "f32", shape: [capacity, config.headDim], data: ropeTable(config, capacity) };
+      if (name === ROPE_TABLE)
+        return { dtype: "f32", shape: [capacity, config.headDim], data: ropeTable(config, capacity) };
       const spec = byName.get(name);
       if (spec === undefined) throw new FewbitError("model/missing-tensor", { name, path: checkpoint.name });
       options.onProgress?.({ stage: "quantize", done: loaded++, total: specs.length, what: name });
@@ -148,7 +154,11 @@ export class Model implements Disposable {
     const ids = typeof prompt === "string" ? this.tokenizer.encode(prompt) : [...prompt];
     const maxTokens = options.maxTokens ?? 64;
     if (!Number.isInteger(maxTokens) || maxTokens < 0) {
-      throw new FewbitError("argument/invalid", { name: "maxTokens", value: maxTokens, expected: "a non-negative integer" });
+      throw new FewbitError("argument/invalid", {
+        name: "maxTokens",
+        value: maxTokens,
+        expected: "a non-negative integer",
+      });
     }
     const { temperature = 0, topK = 0, topP = 1, seed = 0 } = options;
     const settings = { temperature, topK, topP, seed, step: 0 };
@@ -163,9 +173,10 @@ export class Model implements Disposable {
     }
   }
 
-  /** The logits f32 [V] after `ids`, computed afresh. */
+  /** The logits f32 [V] after `ids`, computed afresh. Throws `argument/invalid`, `model/context-length`, `model/busy`. */
   async logits(ids: readonly number[]): Promise<Float32Array> {
     this.#checkPrompt(ids);
+    if (this.#busy) throw new FewbitError("model/busy", {});
     this.#prefill(ids, { temperature: 0, topK: 0, topP: 1, seed: 0, step: 0 });
     return ((await this.program.executable.read("logits")) as DenseTensor).data as Float32Array;
   }
@@ -192,9 +203,10 @@ export class Model implements Disposable {
     const limit = Math.min(maxTokens, this.capacity - prompt.length + 1);
     let promptSeconds = 0;
     let tokens = 0;
+    // Counted up to the last token given: a run that an abort overtakes is left out.
     let before = executable.statistics;
+    let after = before;
     const finish = () => {
-      const after = executable.statistics;
       this.#statistics = {
         promptTokens: prompt.length,
         promptSeconds,
@@ -219,6 +231,7 @@ export class Model implements Disposable {
         throwIfAborted(signal, "generation");
         const id = sampled[0] as number;
         tokens++;
+        after = executable.statistics;
         const last = stops.has(id) || step + 1 === limit;
         const text = stops.has(id) ? stream.flush() : stream.push(id) + (last ? stream.flush() : "");
         yield { id, text, logprob: f32FromBits(sampled[1] as number) };
@@ -242,11 +255,17 @@ export class Model implements Disposable {
   }
 
   #checkPrompt(ids: readonly number[]): void {
-    if (ids.length === 0) throw new FewbitError("argument/invalid", { name: "prompt", value: "", expected: "at least one token" });
-    if (ids.length > this.capacity) throw new FewbitError("model/context-length", { tokens: ids.length, limit: this.capacity });
+    if (ids.length === 0)
+      throw new FewbitError("argument/invalid", { name: "prompt", value: "", expected: "at least one token" });
+    if (ids.length > this.capacity)
+      throw new FewbitError("model/context-length", { tokens: ids.length, limit: this.capacity });
     for (const id of ids) {
       if (!Number.isInteger(id) || id < 0 || id >= this.config.vocabSize) {
-        throw new FewbitError("argument/invalid", { name: "token id", value: id, expected: `an integer from 0 to ${this.config.vocabSize - 1}` });
+        throw new FewbitError("argument/invalid", {
+          name: "token id",
+          value: id,
+          expected: `an integer from 0 to ${this.config.vocabSize - 1}`,
+        });
       }
     }
   }

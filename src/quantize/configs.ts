@@ -1,7 +1,7 @@
 import type { FloatType } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
 import { type Block, type Format, type Rule, withRule, withScale } from "../formats/format.js";
-import { CODECS, FORMATS, type FormatName } from "../formats/table.js";
+import { CODECS, FORMATS, type FormatName, VARIANTS } from "../formats/table.js";
 import type { Mapping } from "./affine.js";
 import { type CommonArgs, codecOf, dtypes, make, multiples, oneOf, type QuantizeConfig, weightRule } from "./config.js";
 import { blockOf, type Granularity, perAxis, perGroup, perRow, perTensor } from "./granularity.js";
@@ -181,11 +181,6 @@ export function prototypeInt4WeightOnly(
   );
 }
 
-/** MSLK's activation rule (5.2): per row, amax floored at 1/512, float32 scale. */
-export const MSLK_FLOAT8: Format = withRule(FORMATS.float8_e4m3, "mslk", {
-  rule: { kind: "amax", floor: 1 / 512, round: "after" },
-});
-
 /** Float8DynamicActivationInt4WeightConfig (7.5): groups of 128, symmetric; float8 activations by MSLK's rule. */
 export function float8DynamicActivationInt4Weight(
   args: CommonArgs & { int4PackingFormat?: "preshuffled" | "plain" } = {},
@@ -196,7 +191,7 @@ export function float8DynamicActivationInt4Weight(
   const weight = weightRule([multiples(1, 128)], ({ dtype }) =>
     int4PackingFormat === "plain" ? grouped(FORMATS.int4_symmetric, 128, dtype) : FORMATS.int4_preshuffled,
   );
-  return make(name, { ...args, int4PackingFormat }, weight, MSLK_FLOAT8);
+  return make(name, { ...args, int4PackingFormat }, weight, VARIANTS.float8_mslk);
 }
 
 interface IntxArgs {
@@ -255,9 +250,6 @@ export function intxWeightOnly(
   );
 }
 
-/** The activation of 9.2: per token asymmetric int8, eps the dtype's smallest normal, the scale kept in the activation's dtype. */
-export const INTX_ACTIVATION: Format = changed(FORMATS.int8_asymmetric, "intx", { eps: "normal" });
-
 /** Int8DynamicActivationIntxWeightConfig (9.2, "8daNw"). */
 export function int8DynamicActivationIntxWeight(
   args: CommonArgs & {
@@ -289,7 +281,7 @@ export function int8DynamicActivationIntxWeight(
     actMappingType,
     intxChooseQparamsAlgorithm,
   };
-  return make(name, { ...args, ...all }, weight, INTX_ACTIVATION);
+  return make(name, { ...args, ...all }, weight, VARIANTS.int8_intx);
 }
 
 /** Int8DynamicActivationInt4WeightConfig (7.6): uint4 groups with integer zero points, float32 scales. */

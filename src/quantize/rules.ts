@@ -17,7 +17,7 @@ export interface QuantizeOptions {
   readonly perTensorScale?: number;
   /** Codebooks: a learned table [entries, v0 * v1] to use instead of learning one. */
   readonly table?: Float32Array;
-  /** Affine, amax and codebook rules: scales (and zero points) to use, one per block of the first level, instead of chosen ones. */
+  /** Scales (and zero points) to use, one per block of the first level, instead of chosen ones; not for searching rules. */
   readonly given?: { readonly scale: Float32Array; readonly zero?: Float32Array };
 }
 
@@ -190,6 +190,7 @@ function amax(context: RuleContext, rule: RuleOf<"amax">): BlockRule {
 
 function mslkInt4(context: RuleContext, rule: RuleOf<"mslk_int4">): BlockRule {
   const { format, columns } = context;
+  const { given } = context.options;
   const storeScale = scaleWriter(context, 0);
   const storeZero = zeroWriter(context);
   const scales = new Float32Array(columns);
@@ -206,11 +207,13 @@ function mslkInt4(context: RuleContext, rule: RuleOf<"mslk_int4">): BlockRule {
     return {
       choose: (index, column, lo, hi) => {
         const range = Math.fround(hi - lo);
-        const scale = Math.fround((range < floor ? floor : range) / 15);
+        const scale = given?.scale[index] ?? Math.fround((range < floor ? floor : range) / 15);
+        const eight = Math.fround(scale * 8);
+        const zero = given?.zero?.[index] ?? Math.fround(lo + eight);
         scales[column] = scale;
-        least[column] = lo;
+        least[column] = given === undefined ? lo : zero - eight;
         storeScale(index, scale);
-        storeZero(index, Math.fround(lo + Math.fround(scale * 8)));
+        storeZero(index, zero);
       },
       encode: (column, x, begin, end, out, at) => {
         const scale = scales[column] as number;
@@ -224,7 +227,7 @@ function mslkInt4(context: RuleContext, rule: RuleOf<"mslk_int4">): BlockRule {
   }
   const choose: BlockRule["choose"] = (index, column, lo, hi) => {
     const largest = magnitude(lo, hi);
-    const scale = Math.fround((largest < floor ? floor : largest) / 8);
+    const scale = given?.scale[index] ?? Math.fround((largest < floor ? floor : largest) / 8);
     scales[column] = scale;
     storeScale(index, scale);
   };
@@ -254,6 +257,7 @@ function mx(context: RuleContext, rule: RuleOf<"mx">): BlockRule {
   const halfUlp = element.kind === "float" ? 2 ** (22 - element.mantissa) : 0;
   const words = context.tensor.scales[0] as Uint32Array;
   const encode = encoder(element);
+  const encodeScale = encoder(context.format.scales[0]?.codec as Codec);
   const reciprocals = new Float32Array(context.columns);
   const byteOf = (largest: number): number => {
     if (rule.mode === "rceil") {
@@ -270,7 +274,8 @@ function mx(context: RuleContext, rule: RuleOf<"mx">): BlockRule {
   };
   return {
     choose: (index, column, lo, hi) => {
-      const byte = byteOf(Math.abs(magnitude(lo, hi)));
+      const given = context.options.given?.scale[index];
+      const byte = given === undefined ? byteOf(Math.abs(magnitude(lo, hi))) : encodeScale(given);
       writeCode(words, 0, index, 8, byte);
       reciprocals[column] = byte === 255 ? Number.NaN : 2 ** (127 - byte);
     },
@@ -316,7 +321,7 @@ function nvfp4(context: RuleContext, rule: RuleOf<"nvfp4">): BlockRule {
   return {
     ...(levels > 1 && !known ? { begin } : {}),
     choose: (index, column, lo, hi) => {
-      const scale = rescale(Math.fround(magnitude(lo, hi) / top));
+      const scale = options.given?.scale[index] ?? rescale(Math.fround(magnitude(lo, hi) / top));
       const stored = storeBlock(index, scale < least ? least : scale > greatest ? greatest : scale);
       factors[column] = Math.fround(inverse / stored);
     },

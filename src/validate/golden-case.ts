@@ -73,6 +73,8 @@ export interface GoldenContext {
   /** Numbers of a stored float tensor. */
   floats(name: string): Float32Array;
   has(name: string): boolean;
+  /** Another file of the golden directory. */
+  openFile(name: string): Promise<GoldenFile>;
   shape(name: string): readonly number[];
   /** Leading dimensions folded into rows. */
   matrix(name: string): readonly [n: number, k: number];
@@ -89,6 +91,7 @@ export function contextOf(
   file: GoldenFile,
   backend: GoldenPrimitives,
   results: [string, ArrayLike<number>][],
+  openFile: (name: string) => Promise<GoldenFile>,
 ): GoldenContext {
   const info = (name: string): GoldenTensorInfo => {
     const found = golden.tensors.find((tensor) => tensor.name === name);
@@ -98,6 +101,7 @@ export function contextOf(
   const context: GoldenContext = {
     golden,
     backend,
+    openFile,
     input: (name) => file.numbers(name),
     floats: (name) => file.numbers(name) as Float32Array,
     has: (name) => file.has(name),

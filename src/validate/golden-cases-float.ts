@@ -1,8 +1,8 @@
 import { type Block, type Format, withRule, withScale } from "../formats/format.js";
 import { packFpx } from "../formats/layouts.js";
-import { FORMATS } from "../formats/table.js";
+import { FORMATS, VARIANTS } from "../formats/table.js";
 import { elementCodes, type QuantizedTensor } from "../formats/tensor.js";
-import { fpxFormat, MSLK_FLOAT8 } from "../quantize/configs.js";
+import { fpxFormat } from "../quantize/configs.js";
 import { compress24 } from "../quantize/sparse.js";
 import { castFloat8Training } from "../quantize/training.js";
 import { floatTypeOf, type GoldenContext, type GoldenHandler, putParts } from "./golden-case.js";
@@ -118,7 +118,7 @@ export const FLOAT: Readonly<Record<string, GoldenHandler>> = {
     needs: ["quantize"],
     run: rowKernel(BLOCKWISE_ACTIVATION, "x."),
   },
-  "mslk quantize_fp8_row": { needs: ["quantize"], run: rowKernel(MSLK_FLOAT8, "") },
+  "mslk quantize_fp8_row": { needs: ["quantize"], run: rowKernel(VARIANTS.float8_mslk, "") },
   _choose_scale_float8: { needs: ["quantize"], run: powerScale },
   Float8StaticActivationFloat8WeightConfig: { needs: ["quantize"], run: staticActivation },
   "float8 training cast": { needs: ["host"], run: training },

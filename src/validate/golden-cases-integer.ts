@@ -9,18 +9,16 @@ import {
   padMatrix,
   transpose,
 } from "../formats/layouts.js";
-import { CODECS, FORMATS } from "../formats/table.js";
+import { CODECS, FORMATS, VARIANTS } from "../formats/table.js";
 import { dequantize, elementCodes, type QuantizedTensor, scaleValues, zeroValues } from "../formats/tensor.js";
 import type { Mapping } from "../quantize/affine.js";
 import {
   float8DynamicActivationInt4Weight,
-  INTX_ACTIVATION,
   int4WeightOnly,
   int8DynamicActivationInt4Weight,
   int8DynamicActivationInt8Weight,
   intxWeightOnly,
   type LayerWeight,
-  MSLK_FLOAT8,
   perAxis,
   perGroup,
   perRow,
@@ -258,7 +256,7 @@ async function fp8Int4(context: GoldenContext): Promise<void> {
     context.put("packed", signedBytes(packNibbles(elementCodes(weight), "first")));
     putTransposed(context, weight, "scale", null);
   } else {
-    context.put("w.fp8_codes", storedCodes(await context.quantize("w", MSLK_FLOAT8)));
+    context.put("w.fp8_codes", storedCodes(await context.quantize("w", VARIANTS.float8_mslk)));
     context.put("row_scale", scaleValues(weight, 1));
     putTransposed(context, weight, "group_scale", null);
   }
@@ -332,7 +330,7 @@ async function intxDynamic(context: GoldenContext): Promise<void> {
   });
   const weight = await context.quantize("w", weightFormat(config, layerOf(context)));
   // The activation's scale is kept in the activation's dtype.
-  const x = await context.quantize("x", withScale(INTX_ACTIVATION, { codec: CODECS[dtype] }));
+  const x = await context.quantize("x", withScale(VARIANTS.int8_intx, { codec: CODECS[dtype] }));
   for (const [prefix, tensor] of [
     ["w.", weight],
     ["x.", x],

@@ -71,20 +71,35 @@ export interface GoldenFile {
   /** The numbers of a tensor; throws `model/missing-tensor`. */
   numbers(name: string): Numbers;
   has(name: string): boolean;
+  /** A tensor as it is stored, of any dtype. */
+  part(name: string): { readonly dtype: string; readonly shape: readonly number[]; readonly bytes: Uint8Array };
+  readonly metadata: ReadonlyMap<string, string>;
 }
 
 /** Reads a whole golden file. */
 export async function readGoldenFile(bytes: Uint8Array, name: string): Promise<GoldenFile> {
   const file = await openSafetensors(memorySource(bytes, name));
-  const tensors = new Map<string, Numbers>();
-  for (const { name: tensor, dtype } of file.tensors.values())
-    tensors.set(tensor, widen(dtype, await file.read(tensor), name));
+  const parts = new Map<string, ReturnType<GoldenFile["part"]>>();
+  for (const info of file.tensors.values()) {
+    parts.set(info.name, { dtype: info.dtype, shape: info.shape, bytes: await file.read(info.name) });
+  }
+  const part = (tensor: string) => {
+    const found = parts.get(tensor);
+    if (found === undefined) throw new FewbitError("model/missing-tensor", { name: tensor, path: name });
+    return found;
+  };
+  const widened = new Map<string, Numbers>();
   return {
-    has: (tensor) => tensors.has(tensor),
+    part,
+    metadata: file.metadata,
+    has: (tensor) => parts.has(tensor),
     numbers: (tensor) => {
-      const found = tensors.get(tensor);
-      if (found === undefined) throw new FewbitError("model/missing-tensor", { name: tensor, path: name });
-      return found;
+      const known = widened.get(tensor);
+      if (known !== undefined) return known;
+      const { dtype, bytes: raw } = part(tensor);
+      const numbers = widen(dtype as SafetensorsDtype, raw, name);
+      widened.set(tensor, numbers);
+      return numbers;
     },
   };
 }

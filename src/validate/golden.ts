@@ -83,9 +83,10 @@ async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions)
     return result("unsupported", reasons.join("; "));
   }
   try {
-    const file = await readGoldenFile(await readFile(golden.file), golden.file);
+    const openFile = async (name: string) => readGoldenFile(await readFile(name), name);
+    const file = await openFile(golden.file);
     const results: [name: string, values: ArrayLike<number>][] = [];
-    await handler.run(contextOf(golden, file, backend.primitives as GoldenPrimitives, results));
+    await handler.run(contextOf(golden, file, backend.primitives as GoldenPrimitives, results, openFile));
     const checks = checkAll(golden, file, results);
     const failed = checks.filter((check) => check.mismatch !== null);
     if (failed.length === 0) return result("passed", null, checks);

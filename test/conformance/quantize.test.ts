@@ -1,7 +1,10 @@
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { quantizeObstacle } from "../../src/backends/webgpu/kernels/quantize.js";
-import { codecVector, type Format, formatKey, withScale } from "../../src/formats/format.js";
-import { FORMATS } from "../../src/formats/table.js";
+import { quantizeKernel, quantizeObstacle } from "../../src/backends/webgpu/kernels/quantize.js";
+import type { RuleOptions } from "../../src/backends/webgpu/wgsl/rules.js";
+import type { FloatType } from "../../src/core/dtype.js";
+import { FewbitError } from "../../src/core/errors.js";
+import { type Block, type Format, formatKey, type Rule, withRule, withScale } from "../../src/formats/format.js";
+import { CODECS, FORMATS } from "../../src/formats/table.js";
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { adversarialRows, stack } from "../support/adversarial.js";
 import { openTestGpu, type TestGpu } from "../support/gpu.js";
@@ -14,30 +17,148 @@ beforeAll(async () => {
 afterAll(() => gpu?.destroy());
 
 const K = 256;
-const formats = Object.values(FORMATS).flatMap((format): Format[] =>
-  format.scales.length === 0 ? [format] : [format, ...format.blocks.map((block) => withScale(format, { block }))],
-);
-const unique = [...new Map(formats.map((format) => [formatKey(format), format])).entries()];
-const onDevice = unique.filter(([, format]) => quantizeObstacle(format) === null);
+const table = Object.values(FORMATS);
+const onDevice = table.filter((format) => quantizeObstacle(format) === null);
+const named = (formats: readonly Format[]) => [...new Map(formats.map((format) => [formatKey(format), format]))];
 
-describe.each(onDevice)("quantize to %s", (_, format) => {
-  test("every row alone, and all rows as one matrix", async () => {
-    const rows = adversarialRows(format.element, K, "f32", 1);
-    const byRow = format.scales.every((level) => level.block[0] === 1);
-    const cases = byRow ? {} : rows;
-    for (const [name, row] of Object.entries(cases)) {
-      expect(await compare(format, row, [1, K]), name).toEqual([]);
-    }
-    const finite = byRow
-      ? Object.values(rows)
-      : Object.entries(rows)
-          .filter(([name]) => !/inf|NaN|large|huge|magni/.test(name))
-          .map(([, row]) => row);
-    expect(await compare(format, stack(finite), [finite.length, K])).toEqual([]);
+describe.each(named(onDevice))("quantize to %s", (_, format) => {
+  test("from f32", () => expectEqual(format, "f32"));
+  test("from bf16", () => expectEqual(format, "bf16"));
+  test("as torchao literally does", () => expectEqual(format, "f32", { numerics: "torchao" }));
+});
+
+describe("blocks", () => {
+  const others = onDevice.flatMap((format) => format.blocks.map((block) => withScale(format, { block })));
+  test.each(named(others))("%s", (_, format) => expectEqual(format, "f32"));
+});
+
+describe("from f16", () => {
+  const formats = [
+    FORMATS.float8_e4m3,
+    FORMATS.int8_asymmetric,
+    FORMATS.int4_tinygemm,
+    FORMATS.uint5,
+    FORMATS.fp6_e2m3,
+  ];
+  test.each(named(formats))("%s", (_, format) => expectEqual(format, "f16"));
+  test.each(named(formats))("%s, torchao", (_, format) => expectEqual(format, "f16", { numerics: "torchao" }));
+});
+
+describe("rules that no row of the table has", () => {
+  const { int4, int8, uint4, float8_e4m3, mxfp4, mxfp8_e5m2, nvfp4 } = FORMATS;
+  const affine = (format: Format, change: Partial<Extract<Rule, { kind: "affine" }>>) =>
+    withRule(format, Object.values(change).join(), {
+      rule: { ...(format.rule as Extract<Rule, { kind: "affine" }>), ...change },
+    });
+  const amax = (change: Partial<Extract<Rule, { kind: "amax" }>>, format: Format = float8_e4m3) =>
+    withRule(format, JSON.stringify(change), { rule: { kind: "amax", floor: 0, round: "before", ...change } });
+  const mx = (format: Format, mode: "floor" | "ceil" | "even") =>
+    withRule(format, mode, { rule: { kind: "mx", mode } });
+  const block = (format: Format, ...extents: Block) => withScale(format, { block: extents });
+  const formats = [
+    affine(int4, { mapping: "symmetric_no_clipping_err" }),
+    affine(int8, { mapping: "symmetric_no_clipping_err", min: -127 }),
+    affine(int8, { min: -64, max: 63 }),
+    affine(int8, { min: -127, max: 127, eps: 1e-5 }),
+    affine(FORMATS.int1, { mapping: "symmetric" }),
+    affine(FORMATS.int1, { mapping: "symmetric_no_clipping_err" }),
+    affine(uint4, { preserveZero: false }),
+    withScale(FORMATS.int4_tinygemm, { codec: CODECS.f32, zero: CODECS.f32 }),
+    amax({ floor: 1 / 512, round: "after" }),
+    amax({ floor: 1e-12, ceiling: 2.5 }),
+    amax({ power: true }),
+    amax({ power: true, round: "after" }, FORMATS.float8_e5m2),
+    ...(["floor", "ceil", "even"] as const).flatMap((mode) => [mx(mxfp4, mode), mx(mxfp8_e5m2, mode)]),
+    withRule(nvfp4, "multiply", { rule: { kind: "nvfp4", variant: "multiply" } }),
+    // Blocks of two rows, of every row in some columns, and blocks that end inside a word of codes.
+    block(FORMATS.uint3, 2, 64),
+    block(FORMATS.int8_asymmetric, "all", 32),
+    block(FORMATS.int5_asymmetric, 1, 16),
+    block(FORMATS.int3, 1, 8),
+    block(FORMATS.fp5_e2m2, 3, "all"),
+  ];
+  describe.each(named(formats))("%s", (_, format) => {
+    test("from f32", () => expectEqual(format, "f32"));
+    test("from bf16, torchao", () => expectEqual(format, "bf16", { numerics: "torchao" }));
+  });
+  test("nvfp4 with the per-tensor scale of a calibration", () => expectEqual(nvfp4, "f32", { perTensorScale: 0.0021 }));
+});
+
+describe("shapes", () => {
+  const { float8_e4m3, mxfp6_e2m3, nvfp4, int8_asymmetric, uint3, bf16 } = FORMATS;
+  const formats = [bf16, float8_e4m3, withScale(float8_e4m3, { block: [128, 128] }), int8_asymmetric, nvfp4];
+  const values = (rows: number, k: number) =>
+    Float32Array.from({ length: rows * k }, (_, i) => Math.sin(i * 12.9898) * 3);
+
+  test.each(named(formats))("%s: storage for more rows than there are", async (_, format) => {
+    const data = values(5, 128);
+    const expected = quantizeTensor(data, [5, 128], "f32", format);
+    expect(differences(await quantizeOnGpu(gpu, format, data, [5, 128], {}, 300), expected)).toEqual([]);
+  });
+
+  test.each([
+    ["one row", float8_e4m3, 1, 4096],
+    ["a row of one element", int8_asymmetric, 3, 1],
+    ["rows that leave padding", withScale(uint3, { block: [1, 32] }), 7, 96],
+    ["scales of two rows in a word", withScale(uint3, { block: [1, 32] }), 9, 32],
+    ["an odd width", int8_asymmetric, 6, 77],
+    ["bytes of scales of four rows in a word", mxfp6_e2m3, 7, 32],
+    ["last block of rows short", withScale(float8_e4m3, { block: [128, 128] }), 130, 256],
+    ["more workgroups than one dimension has", float8_e4m3, 66_000, 16],
+    ["more tiles than one dimension has", bf16, 2_100_000, 1],
+    ["no rows", nvfp4, 0, 64],
+  ] as const)("%s", async (_, format, rows, k) => {
+    const data = values(rows, k);
+    const expected = quantizeTensor(data, [rows, k], "f32", format);
+    expect(differences(await quantizeOnGpu(gpu, format, data, [rows, k]), expected)).toEqual([]);
+  });
+
+  test.each(named([float8_e4m3, mxfp6_e2m3]))("%s: columns of a wider matrix", async (_, format) => {
+    const [rows, k, stride, column] = [6, 64, 200, 36];
+    const wide = values(rows, stride);
+    const narrow = Float32Array.from(
+      { length: rows * k },
+      (_, i) => wide[Math.floor(i / k) * stride + column + (i % k)] as number,
+    );
+    const expected = quantizeTensor(narrow, [rows, k], "f32", format);
+    const options = { x: { stride, column } };
+    expect(differences(await quantizeOnGpu(gpu, format, wide, [rows, k], options), expected)).toEqual([]);
   });
 });
 
-async function compare(format: Format, data: Float32Array, shape: readonly [number, number]): Promise<string[]> {
-  const expected = quantizeTensor(data, shape, "f32", format);
-  return differences(await quantizeOnGpu(gpu, format, data, shape), expected);
+describe("what has no kernel", () => {
+  test("is a coded error with the reason", () => {
+    const refused = table.filter((format) => quantizeObstacle(format) !== null);
+    expect(
+      refused.map((format) => format.rule.kind).filter((kind) => !["nf4", "hqq", "sinq", "codebook"].includes(kind)),
+    ).toEqual([]);
+    for (const format of refused) {
+      expect(() => quantizeKernel(format, K, 1)).toThrowError(
+        expect.objectContaining({ code: "quantize/unsupported" }),
+      );
+    }
+  });
+
+  test("a block that does not divide k", () => {
+    const attempt = () => quantizeKernel(FORMATS.mxfp4, 100, 1);
+    expect(attempt).toThrowError(FewbitError);
+    expect(attempt).toThrowError(/nearest legal K is 96/);
+  });
+});
+
+/** Adversarial rows: as one matrix, and where blocks span rows also one by one, so that one row does not hide another. */
+async function expectEqual(format: Format, dtype: FloatType, options: RuleOptions = {}): Promise<void> {
+  const rows = adversarialRows(format.element, K, dtype, 1);
+  const spans = format.scales.some((level) => level.block[0] !== 1);
+  const compare = async (name: string, data: Float32Array) => {
+    const shape = [data.length / K, K] as const;
+    const expected = quantizeTensor(data, shape, dtype, format, options);
+    const found = differences(await quantizeOnGpu(gpu, format, data, shape, { ...options, dtype }), expected);
+    expect(found, name).toEqual([]);
+  };
+  if (spans) {
+    for (const [name, row] of Object.entries(rows)) await compare(name, stack([row, row.slice().reverse()]));
+  }
+  const tame = Object.entries(rows).filter(([name]) => !spans || !/infinit|NaN|huge|largest|magnitudes/.test(name));
+  await compare("all rows", stack(tame.map(([, row]) => row)));
 }

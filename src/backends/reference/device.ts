@@ -4,7 +4,7 @@ import { sizeOf } from "../../core/shape.js";
 import { formatKey } from "../../formats/format.js";
 import { evaluateNode, type Symbols } from "../../ir/evaluate.js";
 import { concreteShape, type Graph, type TensorType, type ValueId } from "../../ir/graph.js";
-import { type DenseTensor, type HostTensor, hostBytes, isDense, zeros } from "../../ir/tensor.js";
+import { copyTensor, type DenseTensor, type HostTensor, hostBytes, isDense, zeros } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import type { KernelRow } from "../../plan/select.js";
 import type { StepKind } from "../../plan/step.js";
@@ -65,7 +65,7 @@ export function openReference(): BackendDevice {
     lost: new Promise<string>(() => {}),
     async load(plan, weights, options) {
       scope.assertLive();
-      return scope.add(await ReferenceExecutable.load(plan, weights, options, scope, counter));
+      return ReferenceExecutable.load(plan, weights, options, new Scope("program", scope), counter);
     },
     async [Symbol.asyncDispose]() {
       scope.dispose();
@@ -91,22 +91,32 @@ class ReferenceExecutable implements Executable {
     plan: Plan,
     weights: WeightSource,
     options: LoadOptions | undefined,
-    parent: Scope,
+    scope: Scope,
     counter: { bytes: number },
   ): Promise<ReferenceExecutable> {
-    const executable = new ReferenceExecutable(plan, new Scope("program", parent));
+    const executable = new ReferenceExecutable(plan, scope);
     let held = 0;
-    for (const value of plan.graph.values) {
-      throwIfAborted(options?.signal, "loading weights");
-      if (value.role === "value") continue;
-      const tensor = value.role === "weight" ? await weights(value.name) : zeros(value.type, plan.graph.symbols);
-      checkType(tensor, value.type, value.name, plan.graph.symbols);
-      executable.#values.set(value.id, tensor);
-      held += hostBytes(tensor);
-      options?.onProgress?.(held, plan.bytes.weights + plan.bytes.state);
+    const free = () => {
+      executable.#values.clear();
+      counter.bytes -= held;
+    };
+    scope.add({ [Symbol.dispose]: free });
+    try {
+      for (const value of plan.graph.values) {
+        throwIfAborted(options?.signal, "loading weights");
+        if (value.role === "value") continue;
+        const tensor = value.role === "weight" ? await weights(value.name) : zeros(value.type, plan.graph.symbols);
+        scope.assertLive();
+        checkType(tensor, value.type, value.name, plan.graph.symbols);
+        executable.#values.set(value.id, tensor);
+        held += hostBytes(tensor);
+        counter.bytes += hostBytes(tensor);
+        options?.onProgress?.(held, plan.bytes.weights + plan.bytes.state);
+      }
+    } catch (error) {
+      scope.dispose();
+      throw error;
     }
-    counter.bytes += held;
-    executable.#scope.add({ [Symbol.dispose]: () => void (counter.bytes -= held) });
     return executable;
   }
 
@@ -123,15 +133,19 @@ class ReferenceExecutable implements Executable {
       throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an input nor a state" });
     }
     if (!isDense(target) || !isDense(tensor)) {
-      if (isDense(target) !== isDense(tensor)) throw new FewbitError("dtype/mismatch", { what: name, got: "another kind", expected: "its type" });
-      this.#values.set(value.id, tensor);
+      checkType(tensor, value.type, name, this.graph.symbols);
+      this.#values.set(value.id, copyTensor(tensor));
       return;
     }
     if (tensor.dtype !== target.dtype) {
       throw new FewbitError("dtype/mismatch", { what: name, got: tensor.dtype, expected: target.dtype });
     }
     if (tensor.data.length > target.data.length) {
-      throw new FewbitError("shape/mismatch", { what: name, got: tensor.shape, expected: `at most [${target.shape.join(", ")}]` });
+      throw new FewbitError("shape/mismatch", {
+        what: name,
+        got: tensor.shape,
+        expected: `at most [${target.shape.join(", ")}]`,
+      });
     }
     target.data.set(tensor.data);
   }
@@ -153,15 +167,19 @@ class ReferenceExecutable implements Executable {
 
   async read(name: string): Promise<HostTensor> {
     this.#scope.assertLive();
-    const id = this.graph.outputs[name] ?? this.graph.values.find((value) => value.name === name && value.role === "state")?.id;
+    const id =
+      this.graph.outputs[name] ?? this.graph.values.find((value) => value.name === name && value.role === "state")?.id;
     const tensor = id === undefined ? undefined : this.#values.get(id);
-    if (tensor === undefined) throw new FewbitError("graph/invalid", { where: name, reason: "it is not an output, or nothing was run" });
-    return isDense(tensor) ? { ...tensor, data: tensor.data.slice() } : tensor;
+    if (tensor === undefined)
+      throw new FewbitError("graph/invalid", { where: name, reason: "it is not an output, or nothing was run" });
+    const result = copyTensor(tensor);
+    // Runs are computed at once, so this is where timers, signals and aborts get their turn.
+    await new Promise((resolve) => setTimeout(resolve));
+    return result;
   }
 
   [Symbol.dispose](): void {
     this.#scope.dispose();
-    this.#values.clear();
   }
 
   /** Inputs are stored at their largest size; a run sees the part that its symbols select. */
@@ -169,7 +187,10 @@ class ReferenceExecutable implements Executable {
     const tensor = this.#values.get(id);
     const type = this.graph.values[id]?.type;
     if (tensor === undefined || type === undefined) {
-      throw new FewbitError("graph/invalid", { where: this.graph.values[id]?.name ?? `value ${id}`, reason: "it is read before it is written" });
+      throw new FewbitError("graph/invalid", {
+        where: this.graph.values[id]?.name ?? `value ${id}`,
+        reason: "it is read before it is written",
+      });
     }
     if (!isDense(tensor) || type.kind !== "dense" || type.shape.every((dim) => typeof dim === "number")) return tensor;
     const shape = concreteShape(type.shape, symbols);
@@ -195,4 +216,3 @@ export function checkType(tensor: HostTensor, type: TensorType, what: string, sy
     throw new FewbitError("shape/mismatch", { what, got: tensor.shape, expected: `[${shape.join(", ")}]` });
   }
 }
-

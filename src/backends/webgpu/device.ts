@@ -145,12 +145,20 @@ export class WebGpuDevice implements BackendDevice {
   }
 }
 
+/** The matrix unit's shapes as feature names, e.g. `subgroup-matrix-f16-f32-16x16x16` (component, result, MxNxK). */
+function matrixShapes(gpu: GPUDevice): string[] {
+  type Shape = { componentType: string; resultComponentType: string; M: number; N: number; K: number };
+  const configs = (gpu.adapterInfo as { subgroupMatrixConfigs?: Iterable<Shape> } | undefined)?.subgroupMatrixConfigs ?? [];
+  if (!gpu.features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName)) return [];
+  return [...configs].map((c) => `subgroup-matrix-${c.componentType}-${c.resultComponentType}-${c.M}x${c.N}x${c.K}`);
+}
+
 function capabilitiesOf(gpu: GPUDevice, software: boolean): Capabilities {
   const { limits } = gpu;
   const info = gpu.adapterInfo as { subgroupMinSize?: number; subgroupMaxSize?: number } | undefined;
   const subgroups = gpu.features.has("subgroups");
   return {
-    features: new Set(gpu.features),
+    features: new Set([...gpu.features, ...matrixShapes(gpu)]),
     maxBinding: limits.maxStorageBufferBindingSize,
     maxBuffer: limits.maxBufferSize,
     workgroupMemory: limits.maxComputeWorkgroupStorageSize,

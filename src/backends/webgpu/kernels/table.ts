@@ -1,6 +1,7 @@
 import type { WebGpuKernel } from "../kernel.js";
 import { ELEMENTWISE_KERNELS } from "./elementwise.js";
 import { GEMV_KERNELS } from "./gemv.js";
+import { MATRIX_KERNELS } from "./matrix.js";
 import { PLAIN_KERNELS } from "./plain.js";
 import { ROPE_KERNELS } from "./rope.js";
 import { ROW_KERNELS } from "./rows.js";
@@ -11,6 +12,7 @@ import { TILE_KERNELS } from "./tile.js";
 /** THE WEBGPU KERNEL TABLE. A hand-tuned kernel for a format is one more row. */
 export const WEBGPU_KERNELS: readonly WebGpuKernel[] = [
   ...GEMV_KERNELS,
+  ...MATRIX_KERNELS,
   ...TILE_KERNELS,
   ...PLAIN_KERNELS,
   ...ROW_KERNELS,
