@@ -38,6 +38,21 @@ export interface LoadOptions {
   readonly signal?: AbortSignal;
   /** Called after each weight with the bytes uploaded so far and in all. */
   readonly onProgress?: (done: number, total: number) => void;
+  /** For validation: guard words after every buffer and a pattern in every activation; see `Executable.damage`. */
+  readonly guard?: boolean;
+  /** For validation: replaces the shader text of a kernel's dispatch, so that a fault can be put in. */
+  readonly rewrite?: (source: string, kernel: string) => string;
+}
+
+/** What `guard` fills activations and guard words with: a NaN with a pattern, so that what was not written shows. */
+export const GUARD_WORD = 0x7fc0beef;
+
+/** One dispatch as a device runs it. */
+export interface ShaderText {
+  /** The index of its step in the plan. */
+  readonly step: number;
+  readonly kernel: string;
+  readonly source: string;
 }
 
 /** THE SEAM. Everything a backend offers; the planner sees only its kernel rows and capabilities. */
@@ -70,4 +85,11 @@ export interface Executable extends Disposable {
   submit(symbols: Readonly<Record<string, number>>): void;
   /** Reads an output or a state as the last submitted run leaves it. */
   read(name: string): Promise<HostTensor>;
+  /** The shader of every dispatch of a run with these symbols; absent where there are no shaders. */
+  shaders?(symbols: Readonly<Record<string, number>>): readonly ShaderText[];
+  /**
+   * With `LoadOptions.guard`: the names of buffers whose guard words were changed since the last call. Activations are filled
+   * with the pattern again. Absent where memory is not guarded.
+   */
+  damage?(): Promise<string[]>;
 }

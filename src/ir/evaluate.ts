@@ -1,30 +1,41 @@
 import { f32Bits } from "../core/dtype.js";
-import { FewbitError } from "../core/errors.js";
 import { blockGrid, codecBits, codecVector } from "../formats/format.js";
 import { readCode, rowWords, writeCode } from "../formats/pack.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
 import { quantizeTensor } from "../quantize/quantize.js";
-import type { Node } from "./graph.js";
+import { checkCapacity, evaluateSdpa, keyRowOf } from "./attention.js";
+import { cacheRows } from "./attention-shape.js";
+import { dense, type Node, stored, type TensorType } from "./graph.js";
 import { type OpAttrs, type OpName, shapeRows, type UnaryFn } from "./ops.js";
 import { sampleToken, unpackSettings } from "./sample.js";
-import type { DenseTensor, HostTensor } from "./tensor.js";
+import { type DenseTensor, type HostTensor, isDense } from "./tensor.js";
 
 /** Values of the graph's symbols in one run. */
 export type Symbols = Readonly<Record<string, number>>;
 
 /**
  * What every op computes, in float64 over the exact stored values, with each op's result rounded once to float32. Every
- * backend is judged against this. In-place ops change and return their aliased operand.
+ * backend is judged against this. In-place ops change and return their aliased operand. `types` are the operands' types in the graph:
+ * attention reads from them how stored rows fold.
  */
-export function evaluateNode(node: Node, operands: readonly HostTensor[], symbols: Symbols): HostTensor[] {
+export function evaluateNode(
+  node: Node,
+  operands: readonly HostTensor[],
+  symbols: Symbols,
+  types: readonly TensorType[] = operands.map(typeOf),
+): HostTensor[] {
   const evaluate = EVALUATE[node.op] as Evaluator<OpName>;
-  return evaluate(operands, node.attrs, symbols);
+  return evaluate(operands, node.attrs, symbols, types);
 }
+
+/** A host tensor's own type; stored tensors forget how their leading dimensions were folded. */
+const typeOf = (tensor: HostTensor): TensorType => (isDense(tensor) ? dense(tensor.dtype, tensor.shape) : stored(tensor.format, tensor.shape));
 
 type Evaluator<Op extends OpName> = (
   operands: readonly HostTensor[],
   attrs: OpAttrs[Op],
   symbols: Symbols,
+  types: readonly TensorType[],
 ) => HostTensor[];
 
 const floats = (tensor: HostTensor | undefined): Float32Array => (tensor as DenseTensor).data as Float32Array;
@@ -50,8 +61,9 @@ export function valuesOf(tensor: HostTensor): ArrayLike<number> {
 export const UNARY: Readonly<Record<UnaryFn, (x: number) => number>> = {
   relu: (x) => Math.max(x, 0),
   silu: (x) => x / (1 + Math.exp(-x)),
-  gelu: (x) => 0.5 * x * (1 + erf(x / Math.SQRT2)),
-  gelu_tanh: (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+  gelu: (x) => 0.5 * x * erfc(-x / Math.SQRT2),
+  // 1 + tanh(u) is 2 / (1 + exp(-2u)), which keeps its digits where tanh(u) is near -1.
+  gelu_tanh: (x) => x / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
 };
 
 const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
@@ -77,7 +89,8 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
       let sum = 0;
       for (let k = 0; k < width; k++) sum += (values[row * width + k] as number) ** 2;
       const factor = 1 / Math.sqrt(sum / width + eps);
-      for (let k = 0; k < width; k++) out[row * width + k] = (values[row * width + k] as number) * factor * (gain[k] as number);
+      for (let k = 0; k < width; k++)
+        out[row * width + k] = (values[row * width + k] as number) * factor * (gain[k] as number);
     }
     return [f32(source.shape, out)];
   },
@@ -92,66 +105,50 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
     return [f32([...leading, n], out)];
   },
 
-  rope: ([x, table], { heads, position }, symbols) => {
+  /** Products and sums are rounded to float32 one by one, so that every backend rotates to the same bits. */
+  rope: ([x, table], { heads, position, interleaved }, symbols) => {
     const source = x as DenseTensor;
     const [rows, width] = shapeRows(source.shape);
     const size = width / heads;
     const half = size / 2;
     const [values, angles] = [floats(x), floats(table)];
     const out = new Float32Array(values.length);
+    const { fround } = Math;
     for (let t = 0; t < rows; t++) {
       const angle = ((symbols[position] ?? 0) + t) * size;
       for (let start = t * width; start < (t + 1) * width; start += size) {
         for (let i = 0; i < half; i++) {
-          const [a, b] = [values[start + i] as number, values[start + half + i] as number];
+          const [at, other] = interleaved ? [start + 2 * i, start + 2 * i + 1] : [start + i, start + half + i];
+          const [a, b] = [values[at] as number, values[other] as number];
           const [cos, sin] = [angles[angle + i] as number, angles[angle + half + i] as number];
-          out[start + i] = a * cos - b * sin;
-          out[start + half + i] = b * cos + a * sin;
+          out[at] = fround(a * cos) - fround(b * sin);
+          out[other] = fround(b * cos) + fround(a * sin);
         }
       }
     }
     return [f32(source.shape, out)];
   },
 
-  kv_write: ([cache, x], { position }, symbols) => {
+  kv_write: ([cache, x, pages], attrs, symbols, types) => {
     const target = quantized(cache);
     const source = x as DenseTensor;
-    const [tokens, width] = shapeRows(source.shape);
+    const rows = cacheRows(types, attrs, "kv_write");
+    const [tokens] = shapeRows(source.shape);
     const size = target.shape[1];
-    const heads = width / size;
-    const capacity = target.shape[0] / heads;
-    const rows = quantizeTensor(floats(source), [tokens * heads, size], "f32", target.format);
-    const first = symbols[position] ?? 0;
-    if (first + tokens > capacity) throw new FewbitError("cache/overflow", { needed: first + tokens, capacity });
+    const first = symbols[attrs.position] ?? 0;
+    checkCapacity(rows, first, tokens);
+    const stored = quantizeTensor(floats(source), [tokens * rows.kvHeads, size], "f32", target.format);
+    const rowOf = keyRowOf(rows, (pages as DenseTensor | undefined)?.data);
     for (let t = 0; t < tokens; t++) {
-      for (let head = 0; head < heads; head++) copyRow(target, head * capacity + first + t, rows, t * heads + head);
+      for (let head = 0; head < rows.kvHeads; head++) {
+        copyRow(target, rowOf(0, head, first + t), stored, t * rows.kvHeads + head);
+      }
     }
     weightValues.delete(target);
     return [target];
   },
 
-  sdpa: ([q, k, v], attrs, symbols) => {
-    const source = q as DenseTensor;
-    const [tokens, width] = shapeRows(source.shape);
-    const [keys, values] = [quantized(k), quantized(v)];
-    const size = keys.shape[1];
-    const capacity = keys.shape[0] / attrs.kvHeads;
-    const first = symbols[attrs.position] ?? 0;
-    const out = new Float32Array(tokens * width);
-    const query = floats(q);
-    for (let kvHead = 0; kvHead < attrs.kvHeads; kvHead++) {
-      const range = [kvHead * capacity, kvHead * capacity + first + tokens] as const;
-      const [kRows, vRows] = [dequantize(keys, range), dequantize(values, range)];
-      const group = attrs.heads / attrs.kvHeads;
-      for (let head = kvHead * group; head < (kvHead + 1) * group; head++) {
-        for (let t = 0; t < tokens; t++) {
-          const seen = attrs.causal ? first + t + 1 : first + tokens;
-          attend(query, t * width + head * size, kRows, vRows, seen, size, attrs.scale, out);
-        }
-      }
-    }
-    return [f32(source.shape, out)];
-  },
+  sdpa: (operands, attrs, symbols, types) => [evaluateSdpa(operands, types, attrs, symbols)],
 
   unary: ([a], { fn }) => [f32((a as DenseTensor).shape, Float32Array.from(floats(a), UNARY[fn]))],
 
@@ -209,35 +206,6 @@ function matmul(
   return out;
 }
 
-/** One query row against `seen` keys: softmax(scale * q k) v. */
-function attend(
-  q: Float32Array,
-  at: number,
-  keys: Float64Array,
-  values: Float64Array,
-  seen: number,
-  size: number,
-  scale: number,
-  out: Float32Array,
-): void {
-  const scores = new Float64Array(seen);
-  let top = Number.NEGATIVE_INFINITY;
-  for (let j = 0; j < seen; j++) {
-    let dot = 0;
-    for (let i = 0; i < size; i++) dot += (q[at + i] as number) * (keys[j * size + i] as number);
-    scores[j] = dot * scale;
-    top = Math.max(top, scores[j] as number);
-  }
-  let total = 0;
-  const sum = new Float64Array(size);
-  for (let j = 0; j < seen; j++) {
-    const weight = Math.exp((scores[j] as number) - top);
-    total += weight;
-    for (let i = 0; i < size; i++) sum[i] = (sum[i] as number) + weight * (values[j * size + i] as number);
-  }
-  for (let i = 0; i < size; i++) out[at + i] = (sum[i] as number) / total;
-}
-
 /** Copies one stored row, with its scales and zero points, between tensors of one format. */
 function copyRow(target: QuantizedTensor, targetRow: number, source: QuantizedTensor, sourceRow: number): void {
   const { format } = target;
@@ -257,24 +225,28 @@ function copyRow(target: QuantizedTensor, targetRow: number, source: QuantizedTe
   for (const [i, level] of format.scales.entries()) {
     const columns = blockGrid(level.block, [1, k])[1];
     copyCodes(target.scales[i], source.scales[i], columns, codecBits(level.codec));
-    if (i === 0 && format.zero.domain !== "none") copyCodes(target.zero, source.zero, columns, codecBits(format.zero.codec));
+    if (i === 0 && format.zero.domain !== "none")
+      copyCodes(target.zero, source.zero, columns, codecBits(format.zero.codec));
   }
 }
 
-/** The error function, by its series below 3 and by the continued fraction of its complement above (float64 accurate). */
-function erf(x: number): number {
-  const a = Math.abs(x);
-  if (a > 6) return Math.sign(x);
-  if (a < 3) {
-    let term = a;
-    let sum = a;
-    for (let n = 1; Math.abs(term) > 1e-18 * Math.abs(sum) && n < 200; n++) {
-      term *= -(a * a) / n;
+/**
+ * The complementary error function, 1 - erf(x), with its digits kept where it is small: by the series of erf below 2, by the
+ * continued fraction above (Abramowitz and Stegun, 7.1.5 and 7.1.14).
+ */
+function erfc(x: number): number {
+  if (x < 0) return 2 - erfc(-x);
+  if (x > 27) return 0;
+  if (x < 2) {
+    let term = x;
+    let sum = x;
+    for (let n = 1; Math.abs(term) > 1e-18 * sum; n++) {
+      term *= -(x * x) / n;
       sum += term / (2 * n + 1);
     }
-    return (Math.sign(x) * 2 * sum) / Math.sqrt(Math.PI);
+    return 1 - (2 * sum) / Math.sqrt(Math.PI);
   }
   let fraction = 0;
-  for (let n = 60; n > 0; n--) fraction = n / 2 / (a + fraction);
-  return Math.sign(x) * (1 - Math.exp(-a * a) / (Math.sqrt(Math.PI) * (a + fraction)));
+  for (let n = 100; n > 0; n--) fraction = n / 2 / (x + fraction);
+  return Math.exp(-x * x) / (Math.sqrt(Math.PI) * (x + fraction));
 }

@@ -1,7 +1,7 @@
 import type { DType } from "../core/dtype.js";
-import { FewbitError } from "../core/errors.js";
+import { FewbitError, nearestNames } from "../core/errors.js";
 import { type Format, formatKey } from "../formats/format.js";
-import { type OpAttrs, type OpName, OPS } from "./ops.js";
+import { OPS, type OpAttrs, type OpName } from "./ops.js";
 
 /** An extent: a number, or the name of one of the graph's symbols, bound at every run. */
 export type Dim = number | string;
@@ -49,7 +49,8 @@ export const stored = (format: Format, shape: readonly Dim[]): TensorType => ({ 
 export function concreteShape(shape: readonly Dim[], symbols: Readonly<Record<string, number>>): number[] {
   return shape.map((dim) => {
     const extent = typeof dim === "number" ? dim : symbols[dim];
-    if (extent === undefined) throw new FewbitError("graph/invalid", { where: `symbol ${dim}`, reason: "it has no value" });
+    if (extent === undefined)
+      throw new FewbitError("graph/invalid", { where: `symbol ${dim}`, reason: "it has no value" });
     return extent;
   });
 }
@@ -66,12 +67,18 @@ export class GraphBuilder {
   readonly #nodes: Node[] = [];
   readonly #outputs: Record<string, ValueId> = {};
   readonly #names = new Set<string>();
+  /** Values whose memory an in-place op has reused, with the name of its result. */
+  readonly #updated = new Map<ValueId, string>();
 
   /** `symbols` maps each symbol to the largest value it may take. */
   constructor(symbols: Record<string, number> = {}) {
     for (const [name, max] of Object.entries(symbols)) {
       if (!Number.isInteger(max) || max < 0) {
-        throw new FewbitError("argument/invalid", { name: `symbol ${name}`, value: max, expected: "a non-negative integer" });
+        throw new FewbitError("argument/invalid", {
+          name: `symbol ${name}`,
+          value: max,
+          expected: "a non-negative integer",
+        });
       }
     }
     this.#symbols = { ...symbols };
@@ -89,21 +96,47 @@ export class GraphBuilder {
     return this.#named(name, "state", type);
   }
 
-  /** Adds a node and returns its outputs. Throws `graph/invalid`, `shape/mismatch` or `dtype/mismatch` from the shape rule. */
+  /**
+   * Adds a node and returns its outputs. Throws `argument/unknown-name` (no such op), `graph/invalid`, `format/block`, and
+   * `shape/mismatch` or `dtype/mismatch` from the shape rule. Nothing is added then.
+   */
   op<Op extends OpName>(op: Op, inputs: readonly ValueId[], attrs: OpAttrs[Op], name?: string): ValueId[] {
     const where = name ?? `${op}#${this.#nodes.length}`;
+    const invalid = (reason: string) => new FewbitError("graph/invalid", { where, reason });
+    if (!Object.hasOwn(OPS, op)) {
+      throw new FewbitError("argument/unknown-name", {
+        kind: "op",
+        name: op,
+        nearest: nearestNames(op, Object.keys(OPS)),
+      });
+    }
     const spec = OPS[op];
-    const types = inputs.map((id) => {
+    const operands = inputs.map((id) => {
       const value = this.#values[id];
-      if (value === undefined) throw new FewbitError("graph/invalid", { where, reason: `it reads value ${id}, which does not exist` });
-      return value.type;
+      if (value === undefined) throw invalid(`it reads value ${id}, which does not exist`);
+      const by = this.#updated.get(id);
+      if (by !== undefined)
+        throw invalid(`it reads ${value.name}, which ${by} has updated in place: read ${by} instead`);
+      return value;
     });
+    const types = operands.map((value) => value.type);
     const [least, most] = [spec.operands.length - (spec.optional ?? 0), spec.operands.length];
     if (types.length < least || types.length > most) {
-      throw new FewbitError("graph/invalid", { where, reason: `it takes ${spec.operands.join(", ")}; got ${types.length} operands` });
+      throw invalid(`it takes ${spec.operands.join(", ")}; got ${types.length} operands`);
     }
-    const outputs = spec.infer(types, attrs, where).map((type, i) => this.#add(i === 0 ? where : `${where}.${i}`, "value", type));
+    const { position } = attrs as { position?: string };
+    if (position !== undefined && !Object.hasOwn(this.#symbols, position)) {
+      throw invalid(`its position ${position} is not a symbol of the graph`);
+    }
+    const targets = Object.values(spec.aliases ?? {}).map((input) => operands[input] as Value);
+    for (const target of targets) {
+      if (target.role === "weight") throw invalid(`it would update ${target.name} in place, which is a weight`);
+    }
+    const outputs = spec
+      .infer(types, attrs, where)
+      .map((type, i) => this.#add(i === 0 ? where : `${where}.${i}`, "value", type));
     this.#nodes.push({ op, inputs: [...inputs], outputs, attrs } as unknown as Node);
+    for (const target of targets) this.#updated.set(target.id, where);
     return outputs;
   }
 
@@ -132,15 +165,17 @@ export class GraphBuilder {
   }
 
   #named(name: string, role: Role, type: TensorType): ValueId {
-    if (this.#names.has(name)) throw new FewbitError("graph/invalid", { where: name, reason: "the name is used twice" });
+    if (this.#names.has(name))
+      throw new FewbitError("graph/invalid", { where: name, reason: "the name is used twice" });
     this.#names.add(name);
     return this.#add(name, role, type);
   }
 
   #add(name: string, role: Role, type: TensorType): ValueId {
     for (const dim of type.shape) {
-      const known = typeof dim === "string" ? this.#symbols[dim] !== undefined : Number.isInteger(dim) && dim >= 0;
-      if (!known) throw new FewbitError("graph/invalid", { where: name, reason: `extent ${dim} is neither a size nor a symbol` });
+      const known = typeof dim === "string" ? Object.hasOwn(this.#symbols, dim) : Number.isInteger(dim) && dim >= 0;
+      if (!known)
+        throw new FewbitError("graph/invalid", { where: name, reason: `extent ${dim} is neither a size nor a symbol` });
     }
     const id = this.#values.length;
     this.#values.push({ id, name, role, type });

@@ -1,6 +1,8 @@
 import { FewbitError } from "../core/errors.js";
-import { extentOf, type Format, formatKey } from "../formats/format.js";
+import type { Codec, Format } from "../formats/format.js";
+import { inferKvWrite, inferSdpa } from "./attention-shape.js";
 import type { Dim, TensorType } from "./graph.js";
+import { requireBlocks, requireDense, requireFormat, requireShape } from "./require.js";
 
 export type UnaryFn = "relu" | "gelu" | "gelu_tanh" | "silu";
 export type BinaryFn = "add" | "mul";
@@ -10,15 +12,10 @@ export interface OpAttrs {
   embedding: { readonly scale?: number };
   rmsnorm: { readonly eps: number };
   linear: Record<string, never>;
-  rope: { readonly heads: number; readonly position: string };
-  kv_write: { readonly position: string };
-  sdpa: {
-    readonly heads: number;
-    readonly kvHeads: number;
-    readonly scale: number;
-    readonly causal: boolean;
-    readonly position: string;
-  };
+  /** `interleaved` rotates neighbours (2i, 2i + 1); without it the halves (i, i + D/2), as NeoX and Llama do. */
+  rope: { readonly heads: number; readonly position: string; readonly interleaved?: boolean };
+  kv_write: KvWriteAttrs;
+  sdpa: SdpaAttrs;
   unary: { readonly fn: UnaryFn };
   binary: { readonly fn: BinaryFn };
   quantize: { readonly format: Format };
@@ -27,6 +24,38 @@ export interface OpAttrs {
   sample: Record<string, never>;
 }
 export type OpName = keyof OpAttrs;
+
+/** `ring`: token p is kept in slot p modulo the capacity, so that only the last tokens stay (sliding windows). */
+export interface KvWriteAttrs {
+  readonly position: string;
+  readonly ring?: boolean;
+}
+
+/** The optional operands of `sdpa`. */
+export type SdpaExtra = "mask" | "sinks" | "pages";
+
+/** Attention over keys of a cache (with `position`) or over all rows of k and v (without); see `attention.ts`. */
+export interface SdpaAttrs {
+  /** Query heads; `kvHeads` divides it: query head h reads KV head floor(h * kvHeads / heads). */
+  readonly heads: number;
+  readonly kvHeads: number;
+  /** Scores are scale * q k. */
+  readonly scale: number;
+  /** A query sees keys up to its own position. */
+  readonly causal: boolean;
+  /** The symbol that counts the tokens before this step; query t stands at position + t (without: at t). */
+  readonly position?: string;
+  /** A query at p sees keys above p - window (and, unless causal, below p + window). */
+  readonly window?: number;
+  /** Scores become softcap * tanh(score / softcap) before the mask is added. */
+  readonly softcap?: number;
+  /** Slots of the cache are positions modulo its capacity; needs a window. */
+  readonly ring?: boolean;
+  /** The operands after v, in this order. */
+  readonly extras?: readonly SdpaExtra[];
+  /** exp(score - max) * scale is rounded to this codec before it meets v; row sums use the unrounded values. */
+  readonly probabilities?: { readonly codec: Codec; readonly scale: number };
+}
 
 /** What an op takes and makes. `infer` is the shape rule; `flops` counts multiply-adds as two, by concrete shapes. */
 export interface OpSpec<Op extends OpName> {
@@ -42,39 +71,6 @@ export interface OpSpec<Op extends OpName> {
 const f32 = (shape: readonly Dim[]): TensorType => ({ kind: "dense", dtype: "f32", shape });
 const at = <T>(list: readonly T[], index: number): T => list[index] as T;
 const elements = (shape: readonly number[] | undefined): number => (shape ?? []).reduce((a, b) => a * b, 1);
-
-function requireDense(type: TensorType, dtype: string, what: string): readonly Dim[] {
-  if (type.kind !== "dense" || type.dtype !== dtype) {
-    const got = type.kind === "dense" ? type.dtype : formatKey(type.format);
-    throw new FewbitError("dtype/mismatch", { what, got, expected: dtype });
-  }
-  return type.shape;
-}
-
-function requireFormat(type: TensorType, what: string): Extract<TensorType, { kind: "format" }> {
-  if (type.kind !== "format") throw new FewbitError("dtype/mismatch", { what, got: type.dtype, expected: "a format" });
-  return type;
-}
-
-function requireShape(shape: readonly Dim[], expected: readonly (Dim | undefined)[], what: string): void {
-  const same = shape.length === expected.length && expected.every((dim, i) => dim === undefined || dim === shape[i]);
-  if (!same) {
-    const text = `[${expected.map((dim) => dim ?? "any").join(", ")}]`;
-    throw new FewbitError("shape/mismatch", { what, got: shape, expected: text });
-  }
-}
-
-/** Throws `format/block` where a fixed block does not divide the last dimension. */
-export function requireBlocks(format: Format, k: Dim, what: string): void {
-  if (typeof k !== "number") return;
-  for (const level of format.scales) {
-    const block = extentOf(level.block[1], k);
-    if (block === 0 || k % block !== 0) {
-      const nearest = Math.max(block, Math.round(k / Math.max(block, 1)) * block);
-      throw new FewbitError("format/block", { format: `${what}: ${formatKey(format)}`, size: k, block, axis: "K", nearest });
-    }
-  }
-}
 
 const elementwise = (arity: number) => (types: readonly TensorType[], _: unknown, where: string) => {
   const shape = requireDense(at(types, 0), "f32", `${where}.a`);
@@ -137,42 +133,41 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
       const table = requireDense(at(types, 1), "f32", `${where}.table`);
       const width = at(x, 1);
       if (typeof width !== "number" || width % attrs.heads !== 0 || (width / attrs.heads) % 2 !== 0) {
-        throw new FewbitError("shape/mismatch", { what: `${where}.x`, got: x, expected: `[T, ${attrs.heads} heads of an even size]` });
+        throw new FewbitError("shape/mismatch", {
+          what: `${where}.x`,
+          got: x,
+          expected: `[T, ${attrs.heads} heads of an even size]`,
+        });
       }
       requireShape(table, [undefined, width / attrs.heads], `${where}.table`);
       return [f32(x)];
     },
     flops: (shapes) => 3 * elements(shapes[0]),
   },
-  /** cache format [kvHeads, C, D], x f32 [T, kvHeads * D] -> the cache with T tokens written from `position` on. */
+  /**
+   * cache format [kvHeads, C, D], or a pool of blocks [blocks, kvHeads, P, D] with pages u32 [n] that name the sequence's blocks;
+   * x f32 [T, kvHeads * D] -> the cache with T tokens written from `position` on.
+   */
   kv_write: {
-    operands: ["cache", "x"],
+    operands: ["cache", "x", "pages"],
+    optional: 1,
     aliases: { 0: 0 },
-    infer: (types, _attrs, where) => {
-      const cache = requireFormat(at(types, 0), `${where}.cache`);
-      const x = requireDense(at(types, 1), "f32", `${where}.x`);
-      const [heads, , size] = cache.shape;
-      requireShape(x, [undefined, (heads as number) * (size as number)], `${where}.x`);
-      return [cache];
-    },
+    infer: inferKvWrite,
     flops: () => 0,
   },
-  /** q f32 [T, heads * D], k and v caches format [kvHeads, C, D] -> f32 [T, heads * D]. Row t sees position + t + 1 keys. */
+  /**
+   * q f32 [T, heads * D], or f32 or format [T, heads, D] or [B, heads, T, D]; k and v format or f32: caches [kvHeads, C, D] or
+   * pools of blocks [blocks, kvHeads, P, D], without a position [kvHeads, S, D] or [B, kvHeads, S, D];
+   * mask f32 [T, S] or [1 or B, 1 or heads, T, S], sinks f32 [heads], pages u32 [n] -> f32, the shape of q.
+   */
   sdpa: {
-    operands: ["q", "k", "v"],
-    infer: (types, attrs, where) => {
-      const q = requireDense(at(types, 0), "f32", `${where}.q`);
-      const k = requireFormat(at(types, 1), `${where}.k`);
-      const v = requireFormat(at(types, 2), `${where}.v`);
-      requireShape(k.shape, [attrs.kvHeads, undefined, undefined], `${where}.k`);
-      requireShape(v.shape, k.shape, `${where}.v`);
-      requireShape(q, [undefined, attrs.heads * (at(k.shape, 2) as number)], `${where}.q`);
-      if (attrs.heads % attrs.kvHeads !== 0) {
-        throw new FewbitError("graph/invalid", { where, reason: `${attrs.heads} heads do not divide into ${attrs.kvHeads} KV heads` });
-      }
-      return [f32(q)];
+    operands: ["q", "k", "v", "mask", "sinks", "pages"],
+    optional: 3,
+    infer: inferSdpa,
+    flops: (shapes, { window, kvHeads }) => {
+      const rows = elements(shapes[1]) / (kvHeads * (shapes[1]?.at(-1) ?? 1));
+      return 4 * elements(shapes[0]) * Math.min(rows, window ?? rows);
     },
-    flops: (shapes) => 4 * elements(shapes[0]) * (shapes[1]?.[1] ?? 0),
   },
   unary: { operands: ["a"], infer: elementwise(1), flops: (shapes) => 8 * elements(shapes[0]) },
   binary: { operands: ["a", "b"], infer: elementwise(2), flops: (shapes) => elements(shapes[0]) },

@@ -44,7 +44,9 @@ export function sampleToken(logits: ArrayLike<number>, settings: SampleSettings)
 }
 
 function drawToken(logits: ArrayLike<number>, settings: SampleSettings, top: number): number {
-  const weight = Float64Array.from(logits, (logit) => Math.exp(Math.fround(Math.fround(logit - top) / settings.temperature)));
+  const weight = Float64Array.from(logits, (logit) =>
+    Math.exp(Math.fround(Math.fround(logit - top) / settings.temperature)),
+  );
   const order = Uint32Array.from(weight, (_, i) => i).sort((a, b) => (weight[b] as number) - (weight[a] as number));
   let least = 0;
   if (settings.topK > 0 && settings.topK < order.length) least = weight[order[settings.topK - 1] as number] as number;

@@ -1,6 +1,7 @@
 import { FewbitError } from "../core/errors.js";
 import { formatKey } from "../formats/format.js";
 import type { Graph, Node, ValueId } from "../ir/graph.js";
+import { OPS } from "../ir/ops.js";
 import { kindOf, type Step, type StepKind } from "./step.js";
 
 /** Who reads what, for the patterns below. */
@@ -42,9 +43,10 @@ function siblings(view: View, index: number): number[] {
   const node = nodeAt(view, index);
   const x = node.inputs[0] as ValueId;
   return (view.readers.get(x) ?? []).filter((other) => {
+    if (!view.free(other)) return false;
     const sibling = nodeAt(view, other);
-    const alike = sibling.op === "linear" && sibling.inputs[0] === x && view.free(other);
-    return alike && weightFormat(view, sibling) === weightFormat(view, node) && sibling.inputs.length === node.inputs.length;
+    const alike = sibling.op === "linear" && sibling.inputs[0] === x && sibling.inputs.length === node.inputs.length;
+    return alike && weightFormat(view, sibling) === weightFormat(view, node);
   });
 }
 
@@ -74,8 +76,10 @@ export const FUSIONS: readonly Fusion[] = [
       const multiply = nodeAt(view, product) as Node<"binary">;
       const other = multiply.inputs.find((id) => id !== result(nodeAt(view, activation)));
       const up = other === undefined ? undefined : view.producer.get(other);
-      if (multiply.attrs.fn !== "mul" || other === undefined || up === undefined || !siblings(view, index).includes(up)) return null;
-      if (up === index || soleReader(view, other, "binary") !== product || !concatenable(view, [index, up])) return null;
+      if (multiply.attrs.fn !== "mul" || other === undefined || up === undefined || !siblings(view, index).includes(up))
+        return null;
+      if (up === index || soleReader(view, other, "binary") !== product || !concatenable(view, [index, up]))
+        return null;
       return [index, up, activation, product];
     },
   },
@@ -176,6 +180,10 @@ function order<G extends { indices: number[] }>(graph: Graph, groups: readonly G
         const from = made === undefined ? undefined : groupOf.get(made);
         if (from !== undefined && from !== g) before.add(from);
       }
+      for (const reader of overwritten(graph.nodes[index] as Node).flatMap((id) => view.readers.get(id) ?? [])) {
+        const from = groupOf.get(reader);
+        if (from !== undefined && from !== g) before.add(from);
+      }
     }
     return before;
   });
@@ -191,6 +199,10 @@ function order<G extends { indices: number[] }>(graph: Graph, groups: readonly G
   }
   return sorted;
 }
+
+/** The operands that a node updates in place. */
+const overwritten = ({ op, inputs }: Node): ValueId[] =>
+  Object.values(OPS[op].aliases ?? {}).map((input) => inputs[input] as ValueId);
 
 const last = (group: { indices: number[] } | undefined): number => group?.indices[group.indices.length - 1] ?? -1;
 

@@ -56,7 +56,11 @@ export function makePlan(
   const activations = memory.slots.reduce((total, bytes) => total + bytes, 0);
   for (const bytes of memory.slots) {
     if (bytes > device.capabilities.maxBuffer) {
-      throw new FewbitError("plan/memory", { what: "one activation", needed: bytes, limit: device.capabilities.maxBuffer });
+      throw new FewbitError("plan/memory", {
+        what: "one activation",
+        needed: bytes,
+        limit: device.capabilities.maxBuffer,
+      });
     }
   }
   return { graph, steps, buckets, memory, bytes: { weights: sum("weight"), state: sum("state"), activations } };
@@ -67,10 +71,16 @@ export function bucketFor(plan: Plan, symbols: Symbols): number {
   for (const [name, max] of Object.entries(plan.graph.symbols)) {
     const value = symbols[name];
     if (value === undefined || !Number.isInteger(value) || value < 0 || value > max) {
-      throw new FewbitError("argument/invalid", { name: `symbol ${name}`, value, expected: `an integer from 0 to ${max}` });
+      throw new FewbitError("argument/invalid", {
+        name: `symbol ${name}`,
+        value,
+        expected: `an integer from 0 to ${max}`,
+      });
     }
   }
-  return plan.buckets.findIndex((bucket) => Object.entries(bucket.symbols).every(([name, max]) => (symbols[name] as number) <= max));
+  return plan.buckets.findIndex((bucket) =>
+    Object.entries(bucket.symbols).every(([name, max]) => (symbols[name] as number) <= max),
+  );
 }
 
 /** The whole plan as text: every step of every bucket with its kernel, the reasons against the others, and the memory. */
@@ -82,6 +92,8 @@ export function explainPlan(plan: Plan): string {
     parts.push(...choices.map((choice) => showExplanation(choice.explanation)));
   }
   const { weights, state, activations } = plan.bytes;
-  parts.push(`memory: weights ${weights} B, state ${state} B, activations ${activations} B in ${plan.memory.slots.length} slots`);
+  parts.push(
+    `memory: weights ${weights} B, state ${state} B, activations ${activations} B in ${plan.memory.slots.length} slots`,
+  );
   return parts.join("\n");
 }

@@ -69,7 +69,10 @@ export function select(
     throw new FewbitError("plan/no-kernel", { step: bound.describe(), explanation });
   }
   for (const { kernel, cost } of others) {
-    rejected.push({ id: kernel.id, reason: `slower: estimated ${show(cost.seconds)} against ${show(best.cost.seconds)}` });
+    rejected.push({
+      id: kernel.id,
+      reason: `slower: estimated ${show(cost.seconds)} against ${show(best.cost.seconds)}`,
+    });
   }
   return {
     kernel: best.kernel,

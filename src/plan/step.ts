@@ -64,7 +64,8 @@ export class BoundStep {
 
   type(id: ValueId): TensorType {
     const value = this.graph.values[id];
-    if (value === undefined) throw new FewbitError("graph/invalid", { where: `value ${id}`, reason: "it does not exist" });
+    if (value === undefined)
+      throw new FewbitError("graph/invalid", { where: `value ${id}`, reason: "it does not exist" });
     return value.type;
   }
 
@@ -85,14 +86,24 @@ export class BoundStep {
   get flops(): number {
     return this.step.nodes.reduce((sum, node) => {
       const flops = OPS[node.op].flops as (shapes: number[][], attrs: unknown) => number;
-      return sum + flops(node.inputs.map((id) => this.shape(id)), node.attrs);
+      return (
+        sum +
+        flops(
+          node.inputs.map((id) => this.shape(id)),
+          node.attrs,
+        )
+      );
     }, 0);
   }
 
   /** Rows of the step's first output, leading dimensions folded. */
   get outputRows(): number {
     const first = this.step.outputs[0];
-    return first === undefined ? 0 : this.shape(first).slice(0, -1).reduce((a, b) => a * b, 1);
+    return first === undefined
+      ? 0
+      : this.shape(first)
+          .slice(0, -1)
+          .reduce((a, b) => a * b, 1);
   }
 
   describe(): string {

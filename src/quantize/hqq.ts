@@ -222,6 +222,11 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
   let target = Number.POSITIVE_INFINITY;
   let iteration = -1;
 
+  /** What a deviation divides by. A constant group has none; dividing by its rounding errors would overflow. */
+  const divisorOf = (spread: number) => {
+    const ratio = Math.max(spread / target, 1e-8);
+    return context.guarded && ratio < 1e-4 ? 1 : ratio;
+  };
   /** Column deviations of the values as divided so far; the sums start anew. */
   const columnDeviations = () => {
     const deviations = Float64Array.from(sums, (sum, c) => deviation(sum, squares[c] as number, count));
@@ -254,7 +259,7 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
         }
         const spread = deviation(sum, square, end - begin);
         if (iteration < 0) target = Math.min(target, spread);
-        const divisor = iteration < 0 ? 1 : Math.max(spread / target, 1e-8);
+        const divisor = iteration < 0 ? 1 : divisorOf(spread);
         byGroup[group] = (byGroup[group] as number) * divisor;
         scales[group] = Math.max(largest / divisor / rule.max, 1e-8);
         for (let i = begin; i < end; i++) {
@@ -276,7 +281,7 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
       iteration++;
       if (iteration < rule.iterations) {
         for (let c = 0; c < width; c++) {
-          byColumn[c] = (byColumn[c] as number) * Math.max((deviations[c] as number) / target, 1e-8);
+          byColumn[c] = (byColumn[c] as number) * divisorOf(deviations[c] as number);
         }
       }
       return true;

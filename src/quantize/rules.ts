@@ -142,7 +142,10 @@ function affine(context: RuleContext, rule: RuleOf<"affine">): BlockRule {
   const zeros = new Float32Array(context.columns);
   return {
     choose: (index, column, lo, hi) => {
-      const scale = options.given?.scale[index] ?? affineScale(numbers, lo, hi);
+      let scale = options.given?.scale[index] ?? affineScale(numbers, lo, hi);
+      // A scale that float16 holds as (nearly) zero has no reciprocal there: 0 * infinity would be the code of zero.
+      const reciprocal = roundTo(storedIn, 1 / roundTo(storedIn, scale));
+      if (context.guarded && reciprocal === Number.POSITIVE_INFINITY) scale = SMALLEST_NORMAL[storedIn];
       const zero = options.given === undefined ? affineZero(numbers, lo, scale) : (options.given.zero?.[index] ?? 0);
       scales[column] = storeScale(index, scale);
       zeros[column] = storeZero(index, zero);
@@ -290,7 +293,7 @@ function mx(context: RuleContext, rule: RuleOf<"mx">): BlockRule {
 }
 
 /** The smallest per-tensor scale of the guarded rule: its reciprocal over the smallest block scale stays finite. */
-const LEAST_TENSOR_SCALE = 2 ** -120;
+export const LEAST_TENSOR_SCALE = { divide: 2 ** -120, multiply: 2 ** -117 } as const;
 
 function nvfp4(context: RuleContext, rule: RuleOf<"nvfp4">): BlockRule {
   const { format, options, guarded } = context;
@@ -312,7 +315,7 @@ function nvfp4(context: RuleContext, rule: RuleOf<"nvfp4">): BlockRule {
   };
   const begin = (amax: number) => {
     tensorScale = options.perTensorScale ?? Math.fround(amax / (top * greatest));
-    if (guarded && tensorScale < LEAST_TENSOR_SCALE) tensorScale = LEAST_TENSOR_SCALE;
+    if (guarded && tensorScale < LEAST_TENSOR_SCALE[rule.variant]) tensorScale = LEAST_TENSOR_SCALE[rule.variant];
     tensorScale = scaleWriter(context, 1)(0, tensorScale);
     inverse = Math.fround(1 / tensorScale);
   };

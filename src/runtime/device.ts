@@ -1,4 +1,11 @@
-import type { BackendDevice, Capabilities, DeviceInfo, Executable, LoadOptions, WeightSource } from "../backends/backend.js";
+import type {
+  BackendDevice,
+  Capabilities,
+  DeviceInfo,
+  Executable,
+  LoadOptions,
+  WeightSource,
+} from "../backends/backend.js";
 import { openReference } from "../backends/reference/device.js";
 import { openWebGpu, type WebGpuOptions } from "../backends/webgpu/device.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
@@ -33,14 +40,21 @@ export async function open(options: OpenOptions = {}): Promise<Device> {
       return new Device(await openBackend(name, options), notConsidered);
     } catch (error) {
       if (!(error instanceof FewbitError) || error.code !== "device/unavailable") throw error;
-      notConsidered.push({ id: `${name}/*`, reason: `not considered: ${(error as FewbitError<"device/unavailable">).context.reason}` });
+      notConsidered.push({
+        id: `${name}/*`,
+        reason: `not considered: ${(error as FewbitError<"device/unavailable">).context.reason}`,
+      });
       failures.push(error);
     }
   }
   const reason = notConsidered.map(({ id, reason }) => `${id} ${reason}`).join("; ");
   const first = failures[0];
   const hint = first instanceof FewbitError ? first.hint : undefined;
-  throw new FewbitError("device/unavailable", { backend: prefer.join(" or "), reason }, { cause: first, ...(hint === undefined ? {} : { hint }) });
+  throw new FewbitError(
+    "device/unavailable",
+    { backend: prefer.join(" or "), reason },
+    { cause: first, ...(hint === undefined ? {} : { hint }) },
+  );
 }
 
 async function openBackend(name: BackendName, options: OpenOptions): Promise<BackendDevice> {
@@ -89,11 +103,16 @@ export class Device implements AsyncDisposable {
 
   /** Plans a graph, uploads its weights and builds its kernels. Throws as `plan`, and `shader/compile`, `operation/aborted`. */
   async compile(graph: Graph, options: CompileOptions = {}): Promise<Program> {
-    const plan = this.plan(graph, options);
+    return this.load(this.plan(graph, options), options);
+  }
+
+  /** `compile` of a plan that was made before (by this device, or with changes to it). */
+  async load(plan: Plan, options: CompileOptions = {}): Promise<Program> {
     const { weights } = options;
     const source: WeightSource = (name) => {
       const tensor = typeof weights === "function" ? weights(name) : weights?.get(name);
-      if (tensor === undefined) throw new FewbitError("graph/invalid", { where: name, reason: "the weight was not given" });
+      if (tensor === undefined)
+        throw new FewbitError("graph/invalid", { where: name, reason: "the weight was not given" });
       return tensor;
     };
     return new Program(plan, await this.#backend.load(plan, source, options));

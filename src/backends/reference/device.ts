@@ -3,7 +3,7 @@ import { FewbitError, throwIfAborted } from "../../core/errors.js";
 import { sizeOf } from "../../core/shape.js";
 import { formatKey } from "../../formats/format.js";
 import { evaluateNode, type Symbols } from "../../ir/evaluate.js";
-import { concreteShape, type Graph, type TensorType, type ValueId } from "../../ir/graph.js";
+import { concreteShape, type Graph, type TensorType, type Value, type ValueId } from "../../ir/graph.js";
 import { copyTensor, type DenseTensor, type HostTensor, hostBytes, isDense, zeros } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import type { KernelRow } from "../../plan/select.js";
@@ -157,7 +157,8 @@ class ReferenceExecutable implements Executable {
     for (const step of this.#plan.steps) {
       for (const node of step.nodes) {
         const operands = node.inputs.map((id) => this.#operand(id, symbols));
-        const results = evaluateNode(node, operands, symbols);
+        const types = node.inputs.map((id) => (this.graph.values[id] as Value).type);
+        const results = evaluateNode(node, operands, symbols, types);
         for (const [i, result] of results.entries()) this.#values.set(node.outputs[i] as ValueId, result);
       }
     }

@@ -28,6 +28,8 @@ export interface WebGpuOptions extends AdapterOptions {
   readonly device?: GPUDevice;
   /** Default: everything the adapter has. */
   readonly tier?: Tier;
+  /** Optional features to leave out all the same, e.g. to find the one that breaks a kernel. */
+  readonly without?: readonly string[];
 }
 
 /**
@@ -43,11 +45,13 @@ export async function openWebGpu(options: WebGpuOptions = {}): Promise<WebGpuDev
       reason: "the caller gave this GPUDevice",
       detail: {},
     };
-    return new WebGpuDevice(options.device, info, [options.device], false);
+    return new WebGpuDevice(options.device, info, [options.device], false, options.device.adapterInfo);
   }
   const choice = await requestGpu(options);
   const tier = options.tier ?? "f16";
-  const features = TIER_FEATURES[tier].filter((feature) => choice.adapter.features.has(feature));
+  const features = TIER_FEATURES[tier].filter(
+    (feature) => choice.adapter.features.has(feature) && !options.without?.includes(feature),
+  );
   let device: GPUDevice;
   try {
     device = await choice.adapter.requestDevice({
@@ -55,11 +59,15 @@ export async function openWebGpu(options: WebGpuOptions = {}): Promise<WebGpuDev
       requiredLimits: tier === "default" ? {} : usefulLimits(choice.adapter.limits),
     });
   } catch (cause) {
-    throw new FewbitError("device/unavailable", { backend: "webgpu", reason: `${choice.name} gave no device` }, { cause });
+    throw new FewbitError(
+      "device/unavailable",
+      { backend: "webgpu", reason: `${choice.name} gave no device` },
+      { cause },
+    );
   }
   const detail = { ...choice.info, tier, features: features.join(" ") || "none" };
   const info: DeviceInfo = { backend: "webgpu", name: choice.name, kind: choice.kind, reason: choice.reason, detail };
-  return new WebGpuDevice(device, info, [choice.gpu, choice.adapter], true);
+  return new WebGpuDevice(device, info, [choice.gpu, choice.adapter], true, choice.adapter.info);
 }
 
 /** The limits kernels profit from, at the adapter's largest. */
@@ -90,12 +98,18 @@ export class WebGpuDevice implements BackendDevice {
   #error: FewbitError | null = null;
   #lost: string | null = null;
 
-  constructor(gpu: GPUDevice, info: DeviceInfo, keep: readonly unknown[], owned: boolean) {
+  constructor(
+    gpu: GPUDevice,
+    info: DeviceInfo,
+    keep: readonly unknown[],
+    owned: boolean,
+    adapter: GPUAdapterInfo | undefined,
+  ) {
     this.gpu = gpu;
     this.info = info;
     this.keep = keep;
     this.#owned = owned;
-    this.capabilities = capabilitiesOf(gpu, info.kind === "software");
+    this.capabilities = capabilitiesOf(gpu, adapter, info.kind === "software");
     this.lost = gpu.lost.then((lost) => {
       this.#lost = lost.message || lost.reason || "unknown reason";
       return this.#lost;
@@ -146,19 +160,19 @@ export class WebGpuDevice implements BackendDevice {
 }
 
 /** The matrix unit's shapes as feature names, e.g. `subgroup-matrix-f16-f32-16x16x16` (component, result, MxNxK). */
-function matrixShapes(gpu: GPUDevice): string[] {
+function matrixShapes(gpu: GPUDevice, adapter: GPUAdapterInfo | undefined): string[] {
   type Shape = { componentType: string; resultComponentType: string; M: number; N: number; K: number };
-  const configs = (gpu.adapterInfo as { subgroupMatrixConfigs?: Iterable<Shape> } | undefined)?.subgroupMatrixConfigs ?? [];
+  const configs = (adapter as { subgroupMatrixConfigs?: Iterable<Shape> } | undefined)?.subgroupMatrixConfigs ?? [];
   if (!gpu.features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName)) return [];
   return [...configs].map((c) => `subgroup-matrix-${c.componentType}-${c.resultComponentType}-${c.M}x${c.N}x${c.K}`);
 }
 
-function capabilitiesOf(gpu: GPUDevice, software: boolean): Capabilities {
+function capabilitiesOf(gpu: GPUDevice, adapter: GPUAdapterInfo | undefined, software: boolean): Capabilities {
   const { limits } = gpu;
-  const info = gpu.adapterInfo as { subgroupMinSize?: number; subgroupMaxSize?: number } | undefined;
+  const info = adapter as { subgroupMinSize?: number; subgroupMaxSize?: number } | undefined;
   const subgroups = gpu.features.has("subgroups");
   return {
-    features: new Set([...gpu.features, ...matrixShapes(gpu)]),
+    features: new Set([...gpu.features, ...matrixShapes(gpu, adapter)]),
     maxBinding: limits.maxStorageBufferBindingSize,
     maxBuffer: limits.maxBufferSize,
     workgroupMemory: limits.maxComputeWorkgroupStorageSize,

@@ -1,5 +1,5 @@
-import { BYTES, type DType, viewAs } from "../../core/dtype.js";
-import type { Scope } from "../../core/dispose.js";
+import { Scope } from "../../core/dispose.js";
+import { BYTES, viewAs } from "../../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../../core/errors.js";
 import { sizeOf } from "../../core/shape.js";
 import { concatRows, type QuantizedTensor, sliceRows } from "../../formats/tensor.js";
@@ -9,16 +9,28 @@ import { shapeRows } from "../../ir/ops.js";
 import { type HostTensor, isDense } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import { BoundStep } from "../../plan/step.js";
-import type { Executable, LoadOptions, WeightSource } from "../backend.js";
+import { type Executable, GUARD_WORD, type LoadOptions, type ShaderText, type WeightSource } from "../backend.js";
 import type { WebGpuDevice } from "./device.js";
 import { type Binding, BuildContext, type Dispatch, type Source, type WebGpuKernel, weightGroup } from "./kernel.js";
 import { layoutWords, storedLayout, tensorFromWords, USAGE } from "./layout.js";
 
 interface Ready {
   readonly step: number;
+  readonly dispatch: Dispatch;
   readonly pipeline: GPUComputePipeline;
   readonly group: GPUBindGroup;
   readonly workgroups: Dispatch["workgroups"];
+}
+
+/** Bytes of guard words after a buffer. */
+const GUARD_BYTES = 256;
+
+/** A guarded buffer: its own bytes end at `end`. */
+interface Guarded {
+  readonly label: string;
+  readonly buffer: GPUBuffer;
+  readonly end: number;
+  readonly activation: boolean;
 }
 
 const STORAGE = USAGE.storage | USAGE.copyDst | USAGE.copySrc;
@@ -34,17 +46,23 @@ export class WebGpuExecutable implements Executable {
   readonly #words = new Uint32Array(16);
   readonly #buckets: Ready[][] = [];
   readonly #staging = new Map<number, GPUBuffer[]>();
+  readonly #options: LoadOptions;
+  readonly #guarded: Guarded[] = [];
   #submits = 0;
   #dispatches = 0;
   #seconds = 0;
 
-  private constructor(device: WebGpuDevice, scope: Scope, plan: Plan) {
+  private constructor(device: WebGpuDevice, scope: Scope, plan: Plan, options: LoadOptions) {
     this.#device = device;
+    this.#options = options;
     this.#scope = scope;
     this.#plan = plan;
     this.graph = plan.graph;
     if (Object.keys(plan.graph.symbols).length > 16) {
-      throw new FewbitError("graph/invalid", { where: "symbols", reason: "more than 16 symbols do not fit the uniform block" });
+      throw new FewbitError("graph/invalid", {
+        where: "symbols",
+        reason: "more than 16 symbols do not fit the uniform block",
+      });
     }
     this.#params = device.buffer(scope, "params", 64, USAGE.uniform | USAGE.copyDst);
   }
@@ -57,7 +75,7 @@ export class WebGpuExecutable implements Executable {
     options: LoadOptions = {},
   ): Promise<WebGpuExecutable> {
     try {
-      const executable = new WebGpuExecutable(device, scope, plan);
+      const executable = new WebGpuExecutable(device, scope, plan, options);
       device.gpu.pushErrorScope("out-of-memory");
       executable.#allocate();
       const dispatches = plan.buckets.map((bucket) => executable.#build(bucket.symbols, bucket.choices));
@@ -66,7 +84,11 @@ export class WebGpuExecutable implements Executable {
       for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps));
       const error = await device.gpu.popErrorScope();
       if (error !== null) {
-        throw new FewbitError("plan/memory", { what: `the program (${error.message})`, needed: plan.bytes.weights, limit: device.capabilities.maxBuffer });
+        throw new FewbitError("plan/memory", {
+          what: `the program (${error.message})`,
+          needed: plan.bytes.weights,
+          limit: device.capabilities.maxBuffer,
+        });
       }
       throwIfAborted(options.signal, "loading a program");
       device.check();
@@ -86,7 +108,10 @@ export class WebGpuExecutable implements Executable {
     const value = this.#named(name);
     const { type } = value;
     const capacity = sizeOf(concreteShape(type.shape, this.graph.symbols));
-    if (isDense(tensor) !== (type.kind === "dense") || (isDense(tensor) && type.kind === "dense" && tensor.dtype !== type.dtype)) {
+    if (
+      isDense(tensor) !== (type.kind === "dense") ||
+      (isDense(tensor) && type.kind === "dense" && tensor.dtype !== type.dtype)
+    ) {
       throw new FewbitError("dtype/mismatch", {
         what: name,
         got: isDense(tensor) ? tensor.dtype : tensor.format.name,
@@ -94,7 +119,11 @@ export class WebGpuExecutable implements Executable {
       });
     }
     if (sizeOf(tensor.shape) > capacity) {
-      throw new FewbitError("shape/mismatch", { what: name, got: tensor.shape, expected: `at most ${capacity} elements` });
+      throw new FewbitError("shape/mismatch", {
+        what: name,
+        got: tensor.shape,
+        expected: `at most ${capacity} elements`,
+      });
     }
     const bytes = isDense(tensor) ? padded(tensor.data) : layoutWords(tensor).words;
     this.#device.gpu.queue.writeBuffer(this.#buffer({ kind: "value", id: value.id }), 0, bytes);
@@ -153,29 +182,92 @@ export class WebGpuExecutable implements Executable {
     resolved.destroy();
     const seconds = this.#plan.steps.map(() => 0);
     for (const [i, { step }] of bucket.entries()) {
-      seconds[step] = (seconds[step] as number) + Number((times[2 * i + 1] as bigint) - (times[2 * i] as bigint)) * 1e-9;
+      seconds[step] =
+        (seconds[step] as number) + Number((times[2 * i + 1] as bigint) - (times[2 * i] as bigint)) * 1e-9;
     }
     return seconds;
   }
 
   async read(name: string): Promise<HostTensor> {
     this.#check();
-    const id = this.graph.outputs[name] ?? this.graph.values.find((value) => value.role === "state" && value.name === name)?.id;
-    if (id === undefined) throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an output nor a state" });
-    const root = this.#plan.memory.placement.get(id)?.root ?? id;
-    const { type } = this.graph.values[root] as Value;
+    const id =
+      this.graph.outputs[name] ?? this.graph.values.find((value) => value.role === "state" && value.name === name)?.id;
+    if (id === undefined)
+      throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an output nor a state" });
+    const place = this.#plan.memory.placement.get(id);
+    const { type } = this.graph.values[id] as Value;
     const shape = concreteShape(type.shape, this.graph.symbols);
-    const layout = type.kind === "format" ? storedLayout(type.format, shapeRows(shape)) : null;
-    const bytes = layout?.bytes ?? Math.ceil((sizeOf(shape) * BYTES[type.kind === "dense" ? type.dtype : "u32"]) / 4) * 4;
-    const data = await this.#readBuffer(this.#buffer({ kind: "value", id: root }), bytes);
+    const buffer = this.#buffer({ kind: "value", id });
+    if (type.kind === "format") {
+      const layout = storedLayout(type.format, shapeRows(shape));
+      const words = new Uint32Array((await this.#readBuffer(buffer, layout.bytes)).buffer);
+      this.#device.check();
+      return tensorFromWords(layout, words, layout.shape[0]);
+    }
+    // A value may be columns of a wider one.
+    const { dtype } = type;
+    const [rows, width] = shapeRows(shape);
+    const stride = place?.stride ?? width;
+    const bytes = Math.ceil((rows * stride * BYTES[dtype]) / 4) * 4;
+    const data = await this.#readBuffer(buffer, bytes);
     this.#device.check();
-    if (layout !== null) return tensorFromWords(layout, new Uint32Array(data.buffer), layout.shape[0]);
-    const dtype = (type as { dtype: DType }).dtype;
-    return { dtype, shape, data: viewAs(dtype, data.subarray(0, sizeOf(shape) * BYTES[dtype])) };
+    if (stride === width) return { dtype, shape, data: viewAs(dtype, data.subarray(0, rows * width * BYTES[dtype])) };
+    const part = new Uint8Array(rows * width * BYTES[dtype]);
+    for (let row = 0; row < rows; row++) {
+      const begin = (row * stride + (place?.column ?? 0)) * BYTES[dtype];
+      part.set(data.subarray(begin, begin + width * BYTES[dtype]), row * width * BYTES[dtype]);
+    }
+    return { dtype, shape, data: viewAs(dtype, part) };
+  }
+
+  shaders(symbols: Symbols): ShaderText[] {
+    const bucket = bucketFor(this.#plan, symbols);
+    const choices = this.#plan.buckets[bucket]?.choices ?? [];
+    return (this.#buckets[bucket] ?? []).map(({ step, dispatch }) => ({
+      step,
+      kernel: choices[step]?.kernel.id ?? "",
+      source: dispatch.wgsl,
+    }));
+  }
+
+  async damage(): Promise<string[]> {
+    this.#check();
+    const { gpu } = this.#device;
+    const words = GUARD_BYTES / 4;
+    using scope = new Scope("guards", this.#scope);
+    const all = this.#device.buffer(scope, "guards", this.#guarded.length * GUARD_BYTES, STORAGE);
+    const encoder = gpu.createCommandEncoder();
+    for (const [i, { buffer, end }] of this.#guarded.entries())
+      encoder.copyBufferToBuffer(buffer, end, all, i * GUARD_BYTES, GUARD_BYTES);
+    gpu.queue.submit([encoder.finish()]);
+    const found = new Uint32Array((await this.#readBuffer(all, this.#guarded.length * GUARD_BYTES)).buffer);
+    const changed = this.#guarded.filter((_, i) =>
+      found.subarray(i * words, (i + 1) * words).some((word) => word !== GUARD_WORD),
+    );
+    for (const guarded of this.#guarded) if (guarded.activation || changed.includes(guarded)) this.#arm(guarded);
+    this.#device.check();
+    return changed.map(({ label }) => label);
   }
 
   [Symbol.dispose](): void {
     this.#scope.dispose();
+  }
+
+  /** A storage buffer of this program, guarded where asked. */
+  #storage(label: string, bytes: number, activation = false): GPUBuffer {
+    if (!this.#options.guard) return this.#device.buffer(this.#scope, label, bytes, STORAGE);
+    const end = Math.max(16, Math.ceil(bytes / 16) * 16);
+    const buffer = this.#device.buffer(this.#scope, label, end + GUARD_BYTES, STORAGE);
+    const guarded = { label, buffer, end, activation };
+    this.#guarded.push(guarded);
+    this.#arm(guarded);
+    return buffer;
+  }
+
+  #arm({ buffer, end, activation }: Guarded): void {
+    const begin = activation ? 0 : end;
+    const words = new Uint32Array((end + GUARD_BYTES - begin) / 4).fill(GUARD_WORD);
+    this.#device.gpu.queue.writeBuffer(buffer, begin, words);
   }
 
   #writeSymbols(symbols: Symbols): void {
@@ -189,8 +281,11 @@ export class WebGpuExecutable implements Executable {
   }
 
   #named(name: string): Value {
-    const value = this.graph.values.find((candidate) => candidate.name === name && (candidate.role === "input" || candidate.role === "state"));
-    if (value === undefined) throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an input nor a state" });
+    const value = this.graph.values.find(
+      (candidate) => candidate.name === name && (candidate.role === "input" || candidate.role === "state"),
+    );
+    if (value === undefined)
+      throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an input nor a state" });
     return value;
   }
 
@@ -217,13 +312,16 @@ export class WebGpuExecutable implements Executable {
 
   #allocate(): void {
     const { slots, slotOf } = this.#plan.memory;
-    const made = slots.map((bytes, i) => this.#device.buffer(this.#scope, `slot ${i}`, bytes, STORAGE));
+    const made = slots.map((bytes, i) => this.#storage(`slot ${i}`, bytes, true));
     for (const [id, slot] of slotOf) this.#buffers.set(`value ${id}`, made[slot] as GPUBuffer);
     for (const value of this.graph.values) {
       if (value.role !== "input" && value.role !== "state") continue;
       const shape = concreteShape(value.type.shape, this.graph.symbols);
-      const bytes = value.type.kind === "format" ? storedLayout(value.type.format, shapeRows(shape)).bytes : sizeOf(shape) * BYTES[value.type.dtype];
-      this.#buffers.set(`value ${value.id}`, this.#device.buffer(this.#scope, value.name, bytes, STORAGE));
+      const bytes =
+        value.type.kind === "format"
+          ? storedLayout(value.type.format, shapeRows(shape)).bytes
+          : sizeOf(shape) * BYTES[value.type.dtype];
+      this.#buffers.set(`value ${value.id}`, this.#storage(value.name, bytes));
     }
   }
 
@@ -235,7 +333,11 @@ export class WebGpuExecutable implements Executable {
       const context = new BuildContext(bound, this.#plan.memory, this.#device.capabilities, this.graph.symbols);
       const scratch = kernel.scratch?.(bound, this.#device.capabilities) ?? 0;
       if (scratch > 0) this.#scratch(scratch);
-      return kernel.build(context);
+      const { rewrite } = this.#options;
+      const dispatches = kernel.build(context);
+      return rewrite === undefined
+        ? dispatches
+        : dispatches.map((dispatch) => ({ ...dispatch, wgsl: rewrite(dispatch.wgsl, kernel.id) }));
     });
   }
 
@@ -247,10 +349,11 @@ export class WebGpuExecutable implements Executable {
 
   /** Uploads every weight that a dispatch binds, one at a time, so that the host holds one group at most. */
   async #upload(dispatches: readonly Dispatch[], weights: WeightSource, options: LoadOptions): Promise<void> {
-    if (this.#scratchBytes > 0) this.#buffers.set("scratch", this.#device.buffer(this.#scope, "scratch", this.#scratchBytes, STORAGE));
+    if (this.#scratchBytes > 0) this.#buffers.set("scratch", this.#storage("scratch", this.#scratchBytes));
     const sources = new Map<string, Extract<Source, { kind: "weights" | "dense" }>>();
     for (const { source } of dispatches.flatMap((dispatch) => dispatch.bindings)) {
-      if (source.kind === "weights" || source.kind === "dense") sources.set(`${source.kind} ${source.ids.join(",")}`, source);
+      if (source.kind === "weights" || source.kind === "dense")
+        sources.set(`${source.kind} ${source.ids.join(",")}`, source);
     }
     let done = 0;
     const total = this.#plan.bytes.weights;
@@ -263,18 +366,22 @@ export class WebGpuExecutable implements Executable {
         checkWeight(tensor, value);
         tensors.push(tensor);
       }
-      done += source.kind === "weights" ? this.#uploadStored(source.ids, tensors) : this.#uploadDense(source.ids, tensors);
+      done +=
+        source.kind === "weights" ? this.#uploadStored(source.ids, tensors) : this.#uploadDense(source.ids, tensors);
       options.onProgress?.(Math.min(done, total), total);
     }
   }
 
   #uploadStored(ids: readonly ValueId[], tensors: readonly HostTensor[]): number {
-    const group = weightGroup(ids.map((id) => [id, (this.graph.values[id] as Value).type]), this.#device.capabilities.maxBinding);
+    const group = weightGroup(
+      ids.map((id) => [id, (this.graph.values[id] as Value).type]),
+      this.#device.capabilities.maxBinding,
+    );
     const whole = concatRows(tensors as QuantizedTensor[]);
     let bytes = 0;
     for (const [slice, { begin, end }] of group.slices.entries()) {
       const { words } = layoutWords(sliceRows(whole, begin, end));
-      const buffer = this.#device.buffer(this.#scope, `${ids.map((id) => this.graph.values[id]?.name).join("+")}`, words.byteLength, STORAGE);
+      const buffer = this.#storage(ids.map((id) => this.graph.values[id]?.name).join("+"), words.byteLength);
       this.#device.gpu.queue.writeBuffer(buffer, 0, words);
       this.#buffers.set(bufferKey({ kind: "weights", ids, slice }), buffer);
       bytes += words.byteLength;
@@ -285,7 +392,7 @@ export class WebGpuExecutable implements Executable {
   #uploadDense(ids: readonly ValueId[], tensors: readonly HostTensor[]): number {
     const parts = tensors.filter(isDense).map((tensor) => padded(tensor.data));
     const bytes = parts.reduce((sum, part) => sum + part.byteLength, 0);
-    const buffer = this.#device.buffer(this.#scope, ids.map((id) => this.graph.values[id]?.name).join("+"), bytes, STORAGE);
+    const buffer = this.#storage(ids.map((id) => this.graph.values[id]?.name).join("+"), bytes);
     let at = 0;
     for (const part of parts) {
       this.#device.gpu.queue.writeBuffer(buffer, at, part);
@@ -302,12 +409,14 @@ export class WebGpuExecutable implements Executable {
     const pipelines = await Promise.all(dispatches.map((dispatch) => this.#pipeline(dispatch)));
     return dispatches.map((dispatch, i) => {
       const pipeline = pipelines[i] as GPUComputePipeline;
-      const entries = [this.#params, ...dispatch.bindings.map(({ source }) => this.#buffer(source))].map((buffer, binding) => ({
-        binding,
-        resource: { buffer },
-      }));
+      const entries = [this.#params, ...dispatch.bindings.map(({ source }) => this.#buffer(source))].map(
+        (buffer, binding) => ({
+          binding,
+          resource: { buffer, size: Math.min(buffer.size, this.#device.capabilities.maxBinding) },
+        }),
+      );
       const group = gpu.createBindGroup({ label: dispatch.label, layout: pipeline.getBindGroupLayout(0), entries });
-      return { step: stepOf[i] as number, pipeline, group, workgroups: dispatch.workgroups };
+      return { step: stepOf[i] as number, dispatch, pipeline, group, workgroups: dispatch.workgroups };
     });
   }
 
@@ -326,7 +435,8 @@ export class WebGpuExecutable implements Executable {
   #buffer(source: Source): GPUBuffer {
     const root = source.kind === "value" ? (this.#plan.memory.placement.get(source.id)?.root ?? source.id) : 0;
     const buffer = this.#buffers.get(source.kind === "value" ? `value ${root}` : bufferKey(source));
-    if (buffer === undefined) throw new FewbitError("graph/invalid", { where: bufferKey(source), reason: "it has no buffer" });
+    if (buffer === undefined)
+      throw new FewbitError("graph/invalid", { where: bufferKey(source), reason: "it has no buffer" });
     return buffer;
   }
 }
@@ -350,7 +460,8 @@ function checkWeight(tensor: HostTensor, value: Value): void {
   const { type, name } = value;
   const got = isDense(tensor) ? tensor.dtype : tensor.format.name;
   const expected = type.kind === "dense" ? type.dtype : type.format.name;
-  if (isDense(tensor) !== (type.kind === "dense") || got !== expected) throw new FewbitError("dtype/mismatch", { what: name, got, expected });
+  if (isDense(tensor) !== (type.kind === "dense") || got !== expected)
+    throw new FewbitError("dtype/mismatch", { what: name, got, expected });
   if (tensor.shape.length !== type.shape.length || tensor.shape.some((extent, i) => extent !== type.shape[i])) {
     throw new FewbitError("shape/mismatch", { what: name, got: tensor.shape, expected: `[${type.shape.join(", ")}]` });
   }
@@ -359,11 +470,17 @@ function checkWeight(tensor: HostTensor, value: Value): void {
 async function compile(gpu: GPUDevice, { wgsl, bindings, label }: Dispatch): Promise<GPUComputePipeline> {
   const entry = (binding: number, type: GPUBufferBindingType) => ({ binding, visibility: 4, buffer: { type } });
   const storage = ({ access }: Binding): GPUBufferBindingType => (access === "read" ? "read-only-storage" : "storage");
-  const layout = gpu.createBindGroupLayout({ entries: [entry(0, "uniform"), ...bindings.map((binding, i) => entry(i + 1, storage(binding)))] });
+  const layout = gpu.createBindGroupLayout({
+    entries: [entry(0, "uniform"), ...bindings.map((binding, i) => entry(i + 1, storage(binding)))],
+  });
   gpu.pushErrorScope("validation");
   const module = gpu.createShaderModule({ code: wgsl });
   const pipeline = gpu
-    .createComputePipelineAsync({ layout: gpu.createPipelineLayout({ bindGroupLayouts: [layout] }), label, compute: { module, entryPoint: "main" } })
+    .createComputePipelineAsync({
+      layout: gpu.createPipelineLayout({ bindGroupLayouts: [layout] }),
+      label,
+      compute: { module, entryPoint: "main" },
+    })
     .catch((cause: unknown) => cause as Error);
   const error = await gpu.popErrorScope();
   const made = await pipeline;

@@ -2,7 +2,7 @@ import type { Capabilities } from "../../backend.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { type BuildContext, type Dispatch, FLAT_WORKGROUP, flatGrid, shaderHead, type WebGpuKernel } from "../kernel.js";
 import { CHUNK } from "../wgsl/stored.js";
-import { accumulate, chunked, finish, hasFloatZero, type LinearParts, linearParts, linearStep } from "./linear.js";
+import { accumulate, chunked, finish, hasFloatZero, type LinearParts, type LinearStep, linearParts, linearStep } from "./linear.js";
 
 /** Activation rows that one GEMV dispatch takes. */
 const MAX_ROWS = 8;
@@ -45,89 +45,137 @@ export const GEMV_KERNELS: readonly WebGpuKernel[] = [
   },
 ];
 
+/** Workgroup memory that staged activations may take; more would leave too few workgroups on a processor. */
+const STAGE_BYTES = 16384;
+/** Rows of weights that one subgroup walks together: each reuses the activations the others loaded. */
+const MAX_FEATURES_PER_SUBGROUP = 4;
+/** Workgroups that keep a large GPU busy; smaller outputs give up reuse for them. */
+const BUSY_WORKGROUPS = 512;
+
 function buildGemv(context: BuildContext, subgroups: boolean): Dispatch[] {
   const step = linearStep(context.bound);
   const groups = step.parts.map((ids) => context.weights(ids));
   const rows = activationRows(context.bound);
   const chunks = Math.ceil(step.k / CHUNK);
-  const threads = subgroups ? Math.max(64, context.device.subgroupSize[1]) : 64;
-  const perRow = subgroups ? context.device.subgroupSize[1] : Math.min(32, 2 ** Math.ceil(Math.log2(chunks)));
-  const features = threads / perRow;
+  const size = context.device.subgroupSize[1];
+  const wide = subgroups && size >= 16;
+  const threads = wide ? 128 : subgroups ? Math.max(64, size) : 64;
+  const perRow = subgroups ? size : Math.min(32, 2 ** Math.ceil(Math.log2(chunks)));
   return (groups[0]?.slices ?? []).map(({ begin, end }, slice) => {
     const parts = linearParts(context, step, groups, slice);
-    const workgroups = Math.ceil((end - begin) / features);
+    const n = end - begin;
+    const room = Math.floor((n * perRow) / (threads * BUSY_WORKGROUPS));
+    const features = wide ? Math.max(1, Math.min(MAX_FEATURES_PER_SUBGROUP / parts.weights.length / Math.min(rows, 4), room)) : 1;
+    const perLane = 2 ** Math.floor(Math.log2(Math.max(1, features)));
+    const stage = wide && parts.xStored === null ? stageChunks(chunks, rows, perRow) : 0;
+    const workgroups = Math.ceil(n / ((threads / perRow) * perLane));
     return {
       label: context.bound.describe(),
-      wgsl: gemvSource(context, parts, { rows, chunks, threads, perRow, n: end - begin, subgroups, x: step.x }),
+      wgsl: gemvSource(context, parts, { rows, chunks, threads, perRow, perLane, n, subgroups, stage, step }),
       bindings: parts.operands.map((operand) => operand.binding),
       workgroups: () => flatGrid(workgroups, context.device.maxWorkgroupsPerDimension),
     };
   });
 }
 
+/** Chunks of K that are staged at a time: as many as fit, in whole strides of the subgroup. */
+function stageChunks(chunks: number, rows: number, stride: number): number {
+  const fit = Math.floor(STAGE_BYTES / (CHUNK * 4 * rows)) - 1;
+  return Math.min(chunks, Math.max(stride, Math.floor(fit / stride) * stride));
+}
+
 interface Shape {
   readonly rows: number;
   readonly chunks: number;
   readonly threads: number;
+  /** Invocations that share an output feature. */
   readonly perRow: number;
+  /** Output features of each of these groups. */
+  readonly perLane: number;
   readonly n: number;
   readonly subgroups: boolean;
-  readonly x: number;
+  /** Chunks of x kept in workgroup memory at a time; 0 reads x where it lies. */
+  readonly stage: number;
+  readonly step: LinearStep;
 }
 
 function gemvSource(context: BuildContext, parts: LinearParts, shape: Shape): string {
-  const { rows, chunks, threads, perRow, n, subgroups } = shape;
+  const { rows, chunks, threads, perRow, perLane, n, subgroups, stage, step } = shape;
   const accumulator = parts.integer && parts.scaleAfter ? "i32" : "f32";
   const zero = hasFloatZero(parts);
-  const units = parts.weights.flatMap((_, part) => Array.from({ length: rows }, (_, m) => ({ part, m, sum: `sum${part}_${m}` })));
-  const declare = units.map(({ sum }) => `var ${sum}: ${accumulator} = 0;${zero ? ` var ${sum}_z: f32 = 0;` : ""}`);
+  const each = <T>(f: (part: number, feature: number, m: number) => T): T[] =>
+    parts.weights.flatMap((_, part) =>
+      Array.from({ length: perLane * rows }, (_, i) => f(part, Math.floor(i / rows), i % rows)),
+    );
+  const name = (part: number, feature: number, m: number) => `sum${part}_${feature}_${m}`;
+  const declare = each((part, r, m) => `var ${name(part, r, m)}: ${accumulator} = 0;${zero ? ` var ${name(part, r, m)}_z: f32 = 0;` : ""}`);
   const row = (m: number) => (rows === 1 ? "0u" : `min(${m}u, rows - 1u)`);
-  const loadWeights = parts.weights.map((reader, part) =>
-    parts.packedBytes ? reader.chunkWords(`w${part}_`, "feature", "c") : reader.chunk(`w${part}_`, "feature", "c"),
+  const pitch = stage + 1;
+  const loadX = (m: number) =>
+    stage === 0
+      ? parts.loadX(`x${m}_`, row(m), "c")
+      : Array.from({ length: 8 }, (_, i) => `let x${m}_${i} = staged[${(m * 8 + i) * pitch}u + c - c0];`).join("\n");
+  const multiply = parts.weights.flatMap((reader, part) =>
+    Array.from({ length: perLane }, (_, r) => {
+      const load = parts.packedBytes ? reader.chunkWords(`w_`, `feature${r}`, "c") : reader.chunk(`w_`, `feature${r}`, "c");
+      const adds = Array.from({ length: rows }, (_, m) => accumulate(parts, part, name(part, r, m), `x${m}_`, "w_", row(m), `feature${r}`, "c"));
+      return `{\n${load}\n${adds.join("\n")}\n}`;
+    }),
   );
-  const body = Array.from({ length: rows }, (_, m) => {
-    const adds = parts.weights.map((_, part) => accumulate(parts, part, `sum${part}_${m}`, "xc", `w${part}_`, row(m), "feature", "c"));
-    return `{\n${parts.loadX("xc", row(m), "c")}\n${adds.join("\n")}\n}`;
-  });
-  const values = units.flatMap(({ sum }) => (zero ? [{ name: sum, type: accumulator }, { name: `${sum}_z`, type: "f32" }] : [{ name: sum, type: accumulator }]));
-  const reduce = subgroups
-    ? values.map(({ name }) => `${name} = subgroupAdd(${name});`).join("\n")
-    : values
-        .map(({ name, type }) => {
-          const shared = type === "i32" ? "shared_i" : "shared_f";
-          return `${shared}[lid] = ${name};
+  const body = [...Array.from({ length: rows }, (_, m) => loadX(m)), ...multiply].join("\n");
+  const walk =
+    stage === 0
+      ? `for (var c = lane; c < ${chunks}u; c += ${perRow}u) {\n${body}\n}`
+      : `for (var c0 = 0u; c0 < ${chunks}u; c0 += ${stage}u) {
 workgroupBarrier();
-if (lane == 0u) { for (var i = 1u; i < ${perRow}u; i++) { ${name} += ${shared}[lid + i]; } }
+for (var i = lid; i < ${rows * stage * 8}u; i += ${threads}u) {
+let m = i / ${stage * 8}u;
+let at = c0 * 8u + i % ${stage * 8}u;
+// Lanes of a subgroup read neighbouring vec4s: element j of every chunk lies side by side.
+staged[(m * 8u + at % 8u) * ${pitch}u + at / 8u - c0] = ${parts.xVector(rows === 1 ? "0u" : "min(m, rows - 1u)", "at")};
+}
+workgroupBarrier();
+for (var c = c0 + lane; c < min(c0 + ${stage}u, ${chunks}u); c += ${perRow}u) {\n${body}\n}
+}`;
+  const values = each((part, r, m) => name(part, r, m)).flatMap((sum) =>
+    zero ? [{ sum, type: accumulator }, { sum: `${sum}_z`, type: "f32" }] : [{ sum, type: accumulator }],
+  );
+  const reduce = subgroups
+    ? values.map(({ sum }) => `${sum} = subgroupAdd(${sum});`).join("\n")
+    : values
+        .map(({ sum, type }) => {
+          const shared = type === "i32" ? "shared_i" : "shared_f";
+          return `${shared}[lid] = ${sum};
+workgroupBarrier();
+if (lane == 0u) { for (var i = 1u; i < ${perRow}u; i++) { ${sum} += ${shared}[lid + i]; } }
 workgroupBarrier();`;
         })
         .join("\n");
-  const stores = Array.from({ length: rows }, (_, m) => {
-    const sums = parts.weights.map((_, part) => finish(parts, part, `sum${part}_${m}`, `${m}u`, "feature"));
-    const store = parts.store(`${m}u`, "feature", sums);
-    return rows === 1 ? `{ ${store} }` : `if (${m}u < rows) { ${store} }`;
+  const stores = Array.from({ length: perLane * rows }, (_, i) => {
+    const [r, m] = [Math.floor(i / rows), i % rows];
+    const sums = parts.weights.map((_, part) => finish(parts, part, name(part, r, m), `${m}u`, `feature${r}`));
+    const guards = [...(rows === 1 ? [] : [`${m}u < rows`]), `index + ${r}u < ${n}u`];
+    return `if (${guards.join(" && ")}) { ${parts.store(`${m}u`, `feature${r}`, sums)} }`;
   });
-  const shared = subgroups
-    ? ""
-    : `var<workgroup> shared_f: array<f32, ${threads}>;\n${accumulator === "i32" ? `var<workgroup> shared_i: array<i32, ${threads}>;` : ""}`;
-  const builtins = subgroups
-    ? ", @builtin(subgroup_invocation_id) lane: u32, @builtin(subgroup_id) group: u32"
-    : ", @builtin(local_invocation_index) lid: u32";
+  const memory = [
+    stage > 0 ? `var<workgroup> staged: array<vec4<f32>, ${rows * 8 * pitch}>;` : "",
+    subgroups ? "" : `var<workgroup> shared_f: array<f32, ${threads}>;`,
+    !subgroups && accumulator === "i32" ? `var<workgroup> shared_i: array<i32, ${threads}>;` : "",
+  ];
+  const builtins = subgroups ? ", @builtin(subgroup_invocation_id) lane: u32, @builtin(subgroup_id) group: u32" : "";
   return `${shaderHead(parts.operands, subgroups ? ["subgroups"] : [])}
 ${parts.functions}
-${shared}
+${memory.join("\n")}
 @compute @workgroup_size(${threads})
-fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>${builtins}) {
+fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lid: u32${builtins}) {
 ${subgroups ? "" : `let lane = lid % ${perRow}u;\nlet group = lid / ${perRow}u;`}
-let index = ${FLAT_WORKGROUP} * ${threads / perRow}u + group;
-let feature = min(index, ${n - 1}u);
-${rows === 1 ? "" : `let rows = ${context.rowsWgsl(shape.x)};`}
+let index = (${FLAT_WORKGROUP} * ${threads / perRow}u + group) * ${perLane}u;
+${Array.from({ length: perLane }, (_, r) => `let feature${r} = min(index + ${r}u, ${n - 1}u);`).join("\n")}
+${rows === 1 ? "" : `let rows = ${context.rowsWgsl(step.x)};`}
 ${declare.join("\n")}
-for (var c = lane; c < ${chunks}u; c += ${perRow}u) {
-${loadWeights.join("\n")}
-${body.join("\n")}
-}
+${walk}
 ${reduce}
-if (lane == 0u && index < ${n}u) {
+if (lane == 0u) {
 ${stores.join("\n")}
 }
 }`;

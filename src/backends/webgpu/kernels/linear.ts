@@ -93,6 +93,8 @@ export interface LinearParts {
   readonly segment: number;
   /** Statements that declare the vec4s `OUT0..7` of row m's chunk c (or words `OUTw0..7` when `packedBytes`). */
   loadX(out: string, m: string, c: string): string;
+  /** Vec4 number `at` of row m of a dense x, zero beyond its end. */
+  xVector(m: string, at: string): string;
   /** Statements that store the finished sums, one per part, of row m and output feature n of the slice. */
   store(m: string, n: string, sums: readonly string[]): string;
   /** x's scale at (m, k), "1.0" when dense. */
@@ -160,6 +162,10 @@ export function linearParts(context: BuildContext, step: LinearStep, groups: rea
         lines.push(`let ${out}${i} = ${guard(i, `x4[${ragged ? `min(${out}_at + ${i}u, arrayLength(&x4) - 1u)` : `${out}_at + ${i}u`}]`, "vec4<f32>")};`);
       }
       return lines.join("\n");
+    },
+    xVector: (m, at) => {
+      const source = `(${m} * ${stride}u + ${column}u) / 4u + ${at}`;
+      return `select(vec4<f32>(), x4[min(${source}, arrayLength(&x4) - 1u)], ${at} < ${k4}u)`;
     },
     store: (m, n, sums) => {
       const lines: string[] = [];

@@ -144,7 +144,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     lows[thread] = low;
     highs[thread] = high;
     workgroupBarrier();
-    for (var half = ${lanes / 2}u; half > 0u; half >>= 1u) {
+    for (var half = ${lanes >> 1}u; half > 0u; half >>= 1u) {
       if (lane < half) {
         lows[thread] = min(lows[thread], lows[thread + half]);
         highs[thread] = max(highs[thread], highs[thread + half]);

@@ -1,4 +1,5 @@
 import type { WebGpuKernel } from "../kernel.js";
+import { CONVERT_KERNELS } from "./convert.js";
 import { ELEMENTWISE_KERNELS } from "./elementwise.js";
 import { GEMV_KERNELS } from "./gemv.js";
 import { MATRIX_KERNELS } from "./matrix.js";
@@ -19,5 +20,6 @@ export const WEBGPU_KERNELS: readonly WebGpuKernel[] = [
   ...ROPE_KERNELS,
   ...SDPA_KERNELS,
   ...ELEMENTWISE_KERNELS,
+  ...CONVERT_KERNELS,
   ...SAMPLE_KERNELS,
 ];

@@ -4,7 +4,7 @@
  * products and sums may be contracted). Everything is integer arithmetic except one quotient estimate, which is corrected by
  * its exact remainder. Operands and results are the bits of float32 numbers; every NaN result is `0x7fc00000`.
  *
- * Functions: `exact_mul`, `exact_div`, `exact_add`, `exact_sub`, `exact_round_even` (to an integer), `exact_bf16` and
+ * Functions: `exact_mul`, `exact_div`, `exact_add`, `exact_sub`, `exact_round_even` and `exact_to_int` (to an integer), `exact_bf16` and
  * `exact_f16` (to the nearest number of that type), `exact_less`, `exact_clamp` (lets NaN through), `exact_is_nan`,
  * and `exact_key` / `exact_from_key`, an order-preserving map to u32 for minima and maxima.
  */
@@ -20,8 +20,10 @@ fn exact_less(a: u32, b: u32) -> bool {
   let zeros = ((a | b) & 0x7fffffffu) == 0u;
   return !zeros && !exact_is_nan(a) && !exact_is_nan(b) && exact_key(a) < exact_key(b);
 }
+// NaN passes through; -0 is below a bound of 0.
 fn exact_clamp(a: u32, low: u32, high: u32) -> u32 {
-  return select(select(a, high, exact_less(high, a)), low, exact_less(a, low));
+  let key = min(max(exact_key(a), exact_key(low)), exact_key(high));
+  return select(exact_from_key(key), a, exact_is_nan(a));
 }
 
 // Biased exponent and 24-bit significand (leading bit set) of a finite number; of zero, garbage and 0.
@@ -120,12 +122,23 @@ fn exact_sub(a: u32, b: u32) -> u32 { return exact_add(a, b ^ 0x80000000u); }
 // The nearest integer, ties to even, as a float32; infinities and NaN pass through.
 fn exact_round_even(a: u32) -> u32 {
   let magnitude = a & 0x7fffffffu;
-  if (magnitude >= 0x4b000000u) { return a; }
-  // Up to one half is zero, and the rest below one is one.
-  if (magnitude < 0x3f800000u) { return (a & 0x80000000u) | select(0u, 0x3f800000u, magnitude > 0x3f000000u); }
-  let unit = 1u << (150u - (magnitude >> 23u));
-  let odd = select(0u, 1u, (((magnitude & 0x7fffffu) | 0x800000u) & unit) != 0u);
-  return (a & 0x80000000u) | ((magnitude + (unit >> 1u) - 1u + odd) & ~(unit - 1u));
+  // The place of the unit in the significand. Numbers below one have none: up to one half they are zero, the rest is one.
+  let place = 150u - clamp(magnitude >> 23u, 127u, 149u);
+  let odd = (((magnitude & 0x7fffffu) | 0x800000u) >> place) & 1u;
+  let rounded = (magnitude + (1u << (place - 1u)) - 1u + odd) & ~((1u << place) - 1u);
+  let small = select(0u, 0x3f800000u, magnitude > 0x3f000000u);
+  let near = select(rounded, small, magnitude < 0x3f800000u);
+  return (a & 0x80000000u) | select(near, magnitude, magnitude >= 0x4b000000u);
+}
+
+// The nearest integer, ties to even, cut at 2^23 in magnitude; NaN is 0.
+fn exact_to_int(a: u32) -> i32 {
+  let magnitude = a & 0x7fffffffu;
+  let place = 150u - clamp(magnitude >> 23u, 125u, 149u);
+  let significand = (magnitude & 0x7fffffu) | 0x800000u;
+  let rounded = (significand + (1u << (place - 1u)) - 1u + ((significand >> place) & 1u)) >> place;
+  let size = i32(select(select(rounded, 0x800000u, magnitude >= 0x4b000000u), 0u, magnitude > 0x7f800000u));
+  return select(size, -size, a >= 0x80000000u);
 }
 
 fn exact_bf16(a: u32) -> u32 {
@@ -133,12 +146,14 @@ fn exact_bf16(a: u32) -> u32 {
 }
 
 fn exact_f16(a: u32) -> u32 {
-  let sign = a & 0x80000000u;
   let magnitude = a & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) { return 0x7fc00000u; }
-  if (magnitude >= 0x477ff000u) { return sign | 0x7f800000u; }
-  if (magnitude >= 0x38800000u) { return sign | ((magnitude + 0xfffu + ((magnitude >> 13u) & 1u)) & 0xffffe000u); }
-  // Below 2^-14 the unit is 2^-24. Adding 0.5, whose unit that is, rounds, and subtracting it is exact.
-  return sign | exact_sub(exact_add(magnitude, 0x3f000000u), 0x3f000000u);
+  // Below 2^-14 the unit is 2^-24: a multiple of it is an integer of the float32 that is 2^24 times as large.
+  let unit = 24u << 23u;
+  let integer = exact_round_even(magnitude + unit);
+  let subnormal = select(integer - unit, 0u, integer == 0u || magnitude < 0x800000u);
+  let normal = (magnitude + 0xfffu + ((magnitude >> 13u) & 1u)) & 0xffffe000u;
+  let finite = select(normal, subnormal, magnitude < 0x38800000u);
+  let limited = select(finite, 0x7f800000u, magnitude >= 0x477ff000u);
+  return select((a & 0x80000000u) | limited, 0x7fc00000u, magnitude > 0x7f800000u);
 }
 `;

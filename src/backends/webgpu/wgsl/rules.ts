@@ -129,16 +129,13 @@ fn code_of(x: u32, a: u32, b: u32) -> u32 { return element_bits(x); }
 
 function affine({ format, dtype, guarded }: Context, rule: RuleOf<"affine">): RuleText {
   const { min, max } = rule;
-  const { zero } = format;
-  const { domain } = zero;
+  const { element, zero } = format;
   const level = firstScale(format);
   const storedIn = scaleDtype(level);
   const promoted = dtype === storedIn ? dtype : "f32";
-  const preserveZero = rule.preserveZero ?? domain !== "float";
+  const preserveZero = rule.preserveZero ?? zero.domain !== "float";
   const eps = rule.eps === "normal" ? SMALLEST_NORMAL[dtype] : roundTo(dtype, rule.eps);
   const middle = (max + min + 1) / 2;
-  // Encoding an integer rounds and clamps by itself.
-  const covers = max === maxValue(format.element) && max - min === 2 ** codecBits(format.element) - 1;
   const rnd = (text: string) => rounded(dtype, text);
   const wide = (text: string) => rounded(promoted, text);
 
@@ -148,23 +145,32 @@ function affine({ format, dtype, guarded }: Context, rule: RuleOf<"affine">): Ru
     if (rule.mapping === "symmetric") return rnd(`exact_div(larger(negative(least), greatest), ${f((max - min) / 2)})`);
     return `steepest(${rnd(`exact_div(least, ${f(min)})`)}, ${rnd(`exact_div(greatest, ${f(max)})`)})`;
   };
-  const zeroPoint = (): string => {
-    if (domain === "float") return rnd(`exact_add(lo, ${rnd(`exact_mul(scale, ${f(middle)})`)})`);
-    if (rule.mapping !== "asymmetric") return f(Math.trunc(middle));
-    const steps = `exact_round_even(${rnd("exact_div(least, scale)")})`;
-    return `exact_clamp(${rnd(`exact_sub(${f(min)}, ${steps})`)}, ${f(min)}, ${f(max)})`;
-  };
-  const parameters =
-    domain === "float"
-      ? `stored, ${wide(`exact_sub(zero_value(zero), ${wide(`exact_mul(stored, ${f(middle)})`)})`)}`
-      : `${rounded(storedIn, `exact_div(${f(1)}, stored)`)}, ${domain === "none" ? "0u" : "zero_value(zero)"}`;
-  const steps = {
-    float: wide(`exact_div(${wide("exact_sub(x, b)")}, a)`),
-    int: wide(`exact_add(exact_round_even(${wide("exact_mul(x, a)")}), b)`),
-    none: wide("exact_mul(x, a)"),
-  };
+  const inverse = rounded(storedIn, `exact_div(${f(1)}, stored)`);
+  const steps = wide("exact_mul(x, a)");
+  let parameters = `let zero = 0u;
+  return Chosen(code, zero, ${inverse}, 0u);`;
+  let codes = `let steps = ${steps};
+  let integer = exact_to_int(steps);`;
+  if (zero.domain === "int") {
+    const [least, greatest] = intRange(zero.codec);
+    // Rounding a sum of integers to any float type cannot take it across a bound that the type holds (`ruleObstacle`).
+    const chosen =
+      rule.mapping === "asymmetric"
+        ? `${min} - exact_to_int(${rnd("exact_div(least, scale)")})`
+        : `${Math.trunc(middle)}`;
+    parameters = `let zero = clamp(clamp(${chosen}, ${min}, ${max}), ${least}, ${greatest});
+  return Chosen(code, bitcast<u32>(zero) & ${u(2 ** codecBits(zero.codec) - 1)}, ${inverse}, bitcast<u32>(zero));`;
+    codes = `let steps = ${steps};
+  let integer = exact_to_int(steps) + bitcast<i32>(b);`;
+  }
+  if (zero.domain === "float") {
+    parameters = `let zero = zero_code(${rnd(`exact_add(lo, ${rnd(`exact_mul(scale, ${f(middle)})`)})`)});
+  return Chosen(code, zero, stored, ${wide(`exact_sub(zero_value(zero), ${wide(`exact_mul(stored, ${f(middle)})`)})`)});`;
+    codes = `let steps = ${wide(`exact_div(${wide("exact_sub(x, b)")}, a)`)};
+  let integer = exact_to_int(steps);`;
+  }
   return {
-    functions: `${coder(level, "scale")}${zero.domain === "none" ? "" : coder(zero.codec, "zero")}
+    functions: `${coder(level, "scale")}${zero.domain === "float" ? coder(zero.codec, "zero") : ""}
 fn steepest(below: u32, above: u32) -> u32 { return select(above, below, exact_less(above, below)); }
 fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
   let least = ${preserveZero ? "select(lo, 0u, exact_less(0u, lo))" : "lo"};
@@ -173,14 +179,19 @@ fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
   let scale = select(chosen, ${f(eps)}, exact_less(chosen, ${f(eps)}));
   let code = scale_code(scale);
   let stored = scale_value(code);
-  let zero = ${zero.domain === "none" ? "0u" : `zero_code(${zeroPoint()})`};
-  return Chosen(code, zero, ${parameters});
+  ${parameters}
 }
 fn code_of(x: u32, a: u32, b: u32) -> u32 {
-  return element_bits(${covers ? steps[domain] : `exact_clamp(exact_round_even(${steps[domain]}), ${f(min)}, ${f(max)})`});
+  ${codes}
+  return select(bitcast<u32>(clamp(integer, ${min}, ${max})) & ${u(2 ** codecBits(element) - 1)}, 0u, exact_is_nan(steps));
 }
 `,
   };
+}
+
+function intRange(codec: Codec): [number, number] {
+  const signed = codec.kind === "int" && codec.signed;
+  return [signed ? -(2 ** (codecBits(codec) - 1)) : 0, maxValue(codec)];
 }
 
 function amax({ format, dtype, guarded }: Context, rule: RuleOf<"amax">): RuleText {

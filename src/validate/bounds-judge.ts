@@ -1,0 +1,98 @@
+import { f32FromBits } from "../core/dtype.js";
+import { formatKey } from "../formats/format.js";
+import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
+import { type DenseTensor, type HostTensor, isDense } from "../ir/tensor.js";
+import type { Allowed } from "./bounds.js";
+
+/** The element that is worst off. */
+export interface Deviation {
+  readonly index: number;
+  readonly got: number;
+  readonly expected: number;
+  readonly bound: number;
+}
+
+/** How one output compares with what is allowed. */
+export interface Verdict {
+  /** The largest error as a fraction of its bound: at most 1 passes. Exact comparisons give 0 or infinity. */
+  readonly worst: number;
+  readonly element: Deviation | null;
+  /** Elements beyond their bound. */
+  readonly failed: number;
+  readonly total: number;
+}
+
+/** Compares a result with what is allowed. Only the elements that `allowed` has are looked at. */
+export function judge(allowed: Allowed, got: HostTensor): Verdict {
+  switch (allowed.kind) {
+    case "near":
+      return compare((got as DenseTensor).data, allowed.values, (i) => allowed.error[i] as number);
+    case "equal":
+      return isDense(allowed.tensor)
+        ? compare((got as DenseTensor).data, allowed.tensor.data, () => 0)
+        : compareStored(got as QuantizedTensor, allowed.tensor);
+    case "stored": {
+      const { error, tensor } = allowed;
+      if (error.every((e) => e === 0)) return compareStored(got as QuantizedTensor, tensor);
+      return compare(dequantize(got as QuantizedTensor), dequantize(tensor), (i) => error[i] as number);
+    }
+    case "drawn": {
+      const data = (got as DenseTensor).data;
+      const id = data[0] as number;
+      const legal = compare([id], [allowed.admissible.has(id) ? id : Math.min(...allowed.admissible)], () => 0);
+      if (allowed.ids !== undefined)
+        return merge(
+          legal,
+          compare(data.subarray(1), allowed.ids.data.subarray(1), () => 0),
+        );
+      const logprob = allowed.logprobs[id] ?? Number.NaN;
+      return merge(
+        legal,
+        compare([f32FromBits(data[1] as number)], [logprob], () => allowed.error),
+      );
+    }
+  }
+}
+
+/** Each element's error as a fraction of its bound, for pictures. */
+export function fractions(allowed: Allowed, got: HostTensor): Float32Array {
+  if (allowed.kind !== "near") return Float32Array.of(judge(allowed, got).worst);
+  const data = (got as DenseTensor).data;
+  return Float32Array.from(allowed.values, (value, i) =>
+    fraction(data[i] as number, value, allowed.error[i] as number),
+  );
+}
+
+/** NaN only for NaN, an infinity only for that infinity. */
+function fraction(got: number, expected: number, bound: number): number {
+  if (Object.is(got, expected) || got === expected) return 0;
+  if (Number.isNaN(got) || Number.isNaN(expected))
+    return Number.isNaN(got) && Number.isNaN(expected) ? 0 : Number.POSITIVE_INFINITY;
+  if (!Number.isFinite(got) || !Number.isFinite(expected)) return Number.POSITIVE_INFINITY;
+  return Math.abs(got - expected) / bound;
+}
+
+function compare(got: ArrayLike<number>, expected: ArrayLike<number>, bound: (index: number) => number): Verdict {
+  let [worst, at, failed] = [-1, -1, 0];
+  for (let i = 0; i < expected.length; i++) {
+    const part = fraction(got[i] ?? Number.NaN, expected[i] as number, bound(i));
+    if (part > 1) failed++;
+    if (part > worst) [worst, at] = [part, i];
+  }
+  const element =
+    at < 0 ? null : { index: at, got: got[at] ?? Number.NaN, expected: expected[at] as number, bound: bound(at) };
+  return { worst: Math.max(worst, 0), element, failed, total: expected.length };
+}
+
+function merge(a: Verdict, b: Verdict): Verdict {
+  const worse = b.worst > a.worst ? b : a;
+  return { ...worse, failed: a.failed + b.failed, total: a.total + b.total };
+}
+
+/** Codes, scales and zero points bit for bit. */
+function compareStored(got: QuantizedTensor, expected: QuantizedTensor): Verdict {
+  if (formatKey(got.format) !== formatKey(expected.format)) return compare([Number.NaN], [0], () => 0);
+  const words = (tensor: QuantizedTensor) => [tensor.qdata, ...tensor.scales, ...(tensor.zero ? [tensor.zero] : [])];
+  const [a, b] = [words(got), words(expected)];
+  return b.map((part, i) => compare(a[i] as Uint32Array, part, () => 0)).reduce(merge);
+}

@@ -1,0 +1,345 @@
+import { sizeOf } from "../core/shape.js";
+import type { Format } from "../formats/format.js";
+import { FORMATS } from "../formats/table.js";
+import type { Symbols } from "../ir/evaluate.js";
+import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
+import type { BinaryFn, OpName, UnaryFn } from "../ir/ops.js";
+import { packSettings } from "../ir/sample.js";
+import type { HostTensor } from "../ir/tensor.js";
+import type { Row } from "./cases.js";
+import { normals, random, randomTensor, seedOf } from "./cases-random.js";
+
+export interface Settings {
+  readonly temperature: number;
+  readonly topK: number;
+  readonly topP: number;
+}
+
+/** What a row may say beside shapes. */
+export interface Options {
+  readonly bias?: boolean;
+  readonly residual?: boolean;
+  readonly unary?: UnaryFn;
+  /** silu(gate) * up, with this activation. */
+  readonly gated?: UnaryFn;
+  /** Three linears of one input, then rope and the cache. */
+  readonly qkv?: boolean;
+  readonly binary?: BinaryFn;
+  /** Both operands are the same value. */
+  readonly same?: boolean;
+  readonly scale?: number;
+  readonly causal?: boolean;
+  readonly settings?: Settings;
+}
+
+/** How rows of one op become graphs and inputs. */
+export interface Recipe {
+  /** The graph's symbols out of a run's. */
+  symbols(run: Symbols): Symbols;
+  build(row: Row, max: Symbols, seed: number): { graph: Graph; weights: ReadonlyMap<string, HostTensor> };
+  inputs(row: Row, run: Symbols, seed: number): Readonly<Record<string, HostTensor>>;
+}
+
+/** A graph under construction together with its seeded weights. */
+class Sketch {
+  readonly graph: GraphBuilder;
+  readonly weights = new Map<string, HostTensor>();
+  readonly #seed: number;
+
+  constructor(symbols: Symbols, seed: number) {
+    this.graph = new GraphBuilder({ ...symbols });
+    this.#seed = seed;
+  }
+
+  matrix(name: string, format: Format, shape: readonly [rows: number, k: number]): ValueId {
+    this.weights.set(name, randomTensor(format, shape, seedOf(this.#seed, name)));
+    return this.graph.weight(name, stored(format, shape));
+  }
+
+  vector(name: string, shape: readonly number[], values?: (index: number) => number): ValueId {
+    const count = sizeOf(shape);
+    const data =
+      values === undefined
+        ? normals(random(seedOf(this.#seed, name)), count)
+        : Float32Array.from({ length: count }, (_, i) => values(i));
+    this.weights.set(name, { dtype: "f32", shape, data });
+    return this.graph.weight(name, dense("f32", shape));
+  }
+
+  done(outputs: Readonly<Record<string, ValueId>>): { graph: Graph; weights: ReadonlyMap<string, HostTensor> } {
+    for (const [name, id] of Object.entries(outputs)) this.graph.output(name, id);
+    return { graph: this.graph.build(), weights: this.weights };
+  }
+}
+
+const at = (shape: Row["shape"], name: string): number => shape[name] as number;
+const floats = (shape: readonly number[], seed: number, spread = 1): HostTensor => ({
+  dtype: "f32",
+  shape,
+  data: normals(random(seed), sizeOf(shape), spread),
+});
+
+const tokens = ({ T }: Symbols): Symbols => ({ T: T as number });
+const positions = ({ T, P }: Symbols): Symbols => ({ T: T as number, P: P as number });
+
+/** Cosines and sines of 64 positions, as models make them. */
+function angles(sketch: Sketch, size: number, count: number): ValueId {
+  return sketch.vector("angles", [count, size], (i) => {
+    const [position, column] = [Math.floor(i / size), i % size];
+    const angle = position * 10000 ** ((-2 * (column % (size / 2))) / size);
+    return column < size / 2 ? Math.cos(angle) : Math.sin(angle);
+  });
+}
+
+/** x [T, width] with the value the op needs; everything random. */
+const x =
+  (width: number, spread = 1) =>
+  (_: Row, run: Symbols, seed: number) => ({ x: floats([run.T as number, width], seed, spread) });
+
+export const RECIPES: Readonly<Record<OpName, Recipe>> = {
+  linear: {
+    symbols: (run) => (run.P === undefined ? tokens(run) : positions(run)),
+    build: (row, max, seed) => {
+      const { format, activation, shape, options = {} } = row;
+      const [n, k] = [at(shape, "n"), at(shape, "k")];
+      const sketch = new Sketch(max, seed);
+      const { graph } = sketch;
+      const input = graph.input("x", dense("f32", ["T", k]));
+      const source = activation === undefined ? input : graph.one("quantize", [input], { format: activation }, "codes");
+      const linear = (name: string): ValueId => {
+        const operands = [source, sketch.matrix(`${name}.weight`, format, [n, k])];
+        if (options.bias) operands.push(sketch.vector(`${name}.bias`, [n]));
+        return graph.one("linear", operands, {}, name);
+      };
+      const quantized = activation === undefined ? {} : { codes: source };
+      if (options.qkv) {
+        const table = angles(sketch, 16, 64);
+        const [q, key, value] = [linear("q"), linear("k"), linear("v")];
+        const heads = n / 16;
+        const turned = graph.one("rope", [q, table], { heads, position: "P" }, "rope.q");
+        const cache = graph.state("cache", stored(FORMATS.f32, [heads, 64, 16]));
+        const written = graph.one("kv_write", [cache, value], { position: "P" }, "v_write");
+        const other = graph.one("rope", [key, table], { heads, position: "P" }, "rope.k");
+        return sketch.done({ q: turned, k: other, v: written, ...quantized });
+      }
+      if (options.gated !== undefined) {
+        const active = graph.one("unary", [linear("gate")], { fn: options.gated }, "active");
+        return sketch.done({ y: graph.one("binary", [active, linear("up")], { fn: "mul" }, "gated"), ...quantized });
+      }
+      let y = linear("y");
+      if (options.unary !== undefined) y = graph.one("unary", [y], { fn: options.unary }, "active");
+      if (options.residual)
+        y = graph.one("binary", [graph.input("residual", dense("f32", ["T", n])), y], { fn: "add" }, "sum");
+      return sketch.done({ y, ...quantized });
+    },
+    inputs: ({ shape, options }, run, seed) => ({
+      x: floats([run.T as number, at(shape, "k")], seed),
+      ...(options?.qkv ? { cache: randomTensor(FORMATS.f32, [(at(shape, "n") / 16) * 64, 16], seed + 2) } : {}),
+      ...(options?.residual ? { residual: floats([run.T as number, at(shape, "n")], seed + 1, 4) } : {}),
+    }),
+  },
+
+  embedding: {
+    symbols: tokens,
+    build: ({ format, shape, options }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const ids = sketch.graph.input("ids", dense("i32", ["T"]));
+      const table = sketch.matrix("table", format, [at(shape, "rows"), at(shape, "k")]);
+      const attrs = options?.scale === undefined ? {} : { scale: options.scale };
+      return sketch.done({ y: sketch.graph.one("embedding", [ids, table], attrs) });
+    },
+    // The first and the last row, one out of range on either side (they clamp), one drawn.
+    inputs: ({ shape }, run, seed) => {
+      const rows = at(shape, "rows");
+      const all = [random(seed).below(rows), 0, rows - 1, -3, rows + 5];
+      return {
+        ids: {
+          dtype: "i32",
+          shape: [run.T as number],
+          data: Int32Array.from({ length: run.T as number }, (_, i) => all[i % 5] as number),
+        },
+      };
+    },
+  },
+
+  rmsnorm: {
+    symbols: tokens,
+    build: ({ shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const width = at(shape, "width");
+      const input = sketch.graph.input("x", dense("f32", ["T", width]));
+      return sketch.done({ y: sketch.graph.one("rmsnorm", [input, sketch.vector("gain", [width])], { eps: 1e-5 }) });
+    },
+    inputs: (row, run, seed) => x(at(row.shape, "width"))(row, run, seed),
+  },
+
+  rope: {
+    symbols: positions,
+    build: ({ format, shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const { graph } = sketch;
+      const [heads, size] = [at(shape, "heads"), at(shape, "size")];
+      const table = angles(sketch, size, 24);
+      const q = graph.one(
+        "rope",
+        [graph.input("x", dense("f32", ["T", heads * size])), table],
+        { heads, position: "P" },
+        "rope.q",
+      );
+      const { kvHeads, capacity } = shape;
+      if (kvHeads === undefined || capacity === undefined) return sketch.done({ y: q });
+      // A layer's whole group: two ropes and two cache writes.
+      const k = graph.input("k", dense("f32", ["T", kvHeads * size]));
+      const v = graph.input("v", dense("f32", ["T", kvHeads * size]));
+      const turned = graph.one("rope", [k, table], { heads: kvHeads, position: "P" }, "rope.k");
+      const caches = ["k_cache", "v_cache"].map((name) => graph.state(name, stored(format, [kvHeads, capacity, size])));
+      const keys = graph.one("kv_write", [caches[0] as ValueId, turned], { position: "P" }, "k_write");
+      const values = graph.one("kv_write", [caches[1] as ValueId, v], { position: "P" }, "v_write");
+      return sketch.done({ y: q, keys, values });
+    },
+    inputs: ({ format, shape }, run, seed) => {
+      const [heads, size] = [at(shape, "heads"), at(shape, "size")];
+      const q = { x: floats([run.T as number, heads * size], seed) };
+      const { kvHeads, capacity } = shape;
+      if (kvHeads === undefined || capacity === undefined) return q;
+      const cache = (offset: number) => randomTensor(format, [kvHeads * capacity, size], seed + offset);
+      const stream = (offset: number) => floats([run.T as number, kvHeads * size], seed + offset);
+      return { ...q, k: stream(1), v: stream(2), k_cache: cache(3), v_cache: cache(4) };
+    },
+  },
+
+  kv_write: {
+    symbols: positions,
+    build: ({ format, shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const [heads, size, capacity] = [at(shape, "heads"), at(shape, "size"), at(shape, "capacity")];
+      const cache = sketch.graph.state("cache", stored(format, [heads, capacity, size]));
+      const input = sketch.graph.input("x", dense("f32", ["T", heads * size]));
+      return sketch.done({ cache: sketch.graph.one("kv_write", [cache, input], { position: "P" }) });
+    },
+    inputs: ({ format, shape }, run, seed) => {
+      const [heads, size, capacity] = [at(shape, "heads"), at(shape, "size"), at(shape, "capacity")];
+      return {
+        x: floats([run.T as number, heads * size], seed),
+        cache: randomTensor(format, [heads * capacity, size], seed + 1),
+      };
+    },
+  },
+
+  sdpa: {
+    symbols: positions,
+    build: ({ format, shape, options }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const [heads, kvHeads, size, capacity] = [
+        at(shape, "heads"),
+        at(shape, "kvHeads"),
+        at(shape, "size"),
+        at(shape, "capacity"),
+      ];
+      const q = sketch.graph.input("q", dense("f32", ["T", heads * size]));
+      const [k, v] = ["k", "v"].map((name) => sketch.graph.state(name, stored(format, [kvHeads, capacity, size]))) as [
+        ValueId,
+        ValueId,
+      ];
+      const attrs = { heads, kvHeads, scale: 1 / Math.sqrt(size), causal: options?.causal ?? true, position: "P" };
+      return sketch.done({ y: sketch.graph.one("sdpa", [q, k, v], attrs) });
+    },
+    inputs: ({ format, shape }, run, seed) => {
+      const [heads, kvHeads, size, capacity] = [
+        at(shape, "heads"),
+        at(shape, "kvHeads"),
+        at(shape, "size"),
+        at(shape, "capacity"),
+      ];
+      const cache = (offset: number) => randomTensor(format, [kvHeads * capacity, size], seed + offset);
+      return { q: floats([run.T as number, heads * size], seed), k: cache(1), v: cache(2) };
+    },
+  },
+
+  unary: {
+    symbols: tokens,
+    build: ({ shape, options }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const input = sketch.graph.input("x", dense("f32", ["T", at(shape, "width")]));
+      return sketch.done({ y: sketch.graph.one("unary", [input], { fn: options?.unary ?? "relu" }) });
+    },
+    inputs: (row, run, seed) => x(at(row.shape, "width"), 4)(row, run, seed),
+  },
+
+  binary: {
+    symbols: tokens,
+    build: ({ shape, options }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const type = dense("f32", ["T", at(shape, "width")]);
+      const a = sketch.graph.input("a", type);
+      const b = options?.same ? a : sketch.graph.input("b", type);
+      return sketch.done({ y: sketch.graph.one("binary", [a, b], { fn: options?.binary ?? "add" }) });
+    },
+    inputs: ({ shape, options }, run, seed) => {
+      const a = floats([run.T as number, at(shape, "width")], seed);
+      return options?.same ? { a } : { a, b: floats([run.T as number, at(shape, "width")], seed + 1) };
+    },
+  },
+
+  quantize: {
+    symbols: tokens,
+    build: ({ format, shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const input = sketch.graph.input("x", dense("f32", ["T", at(shape, "k")]));
+      return sketch.done({ y: sketch.graph.one("quantize", [input], { format }) });
+    },
+    // One row of zeros, one with a huge number, one of tiny numbers.
+    inputs: ({ shape }, run, seed) => {
+      const [rows, k] = [run.T as number, at(shape, "k")];
+      const tensor = floats([rows, k], seed) as { dtype: "f32"; shape: number[]; data: Float32Array };
+      if (rows > 3) {
+        tensor.data.fill(0, k, 2 * k);
+        tensor.data[2 * k + 5] = 3e4;
+        for (let i = 3 * k; i < 4 * k; i++) tensor.data[i] = (tensor.data[i] as number) * 2 ** -20;
+      }
+      return { x: tensor };
+    },
+  },
+
+  dequantize: {
+    symbols: () => ({}),
+    build: ({ format, shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const input = sketch.graph.state("x", stored(format, [at(shape, "rows"), at(shape, "k")]));
+      return sketch.done({ y: sketch.graph.one("dequantize", [input], {}) });
+    },
+    inputs: ({ format, shape }, _, seed) => ({ x: randomTensor(format, [at(shape, "rows"), at(shape, "k")], seed) }),
+  },
+
+  last_row: {
+    symbols: tokens,
+    build: ({ shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const input = sketch.graph.input("x", dense("f32", ["T", at(shape, "width")]));
+      return sketch.done({ y: sketch.graph.one("last_row", [input], {}) });
+    },
+    inputs: (row, run, seed) => x(at(row.shape, "width"))(row, run, seed),
+  },
+
+  sample: {
+    symbols: () => ({}),
+    build: ({ shape }, _, seed) => {
+      const sketch = new Sketch({}, seed);
+      const { graph } = sketch;
+      const logits = graph.input("logits", dense("f32", [1, at(shape, "vocabulary")]));
+      const settings = graph.input("settings", dense("u32", [5]));
+      const ids = graph.state("ids", dense("i32", [4]));
+      const [sampled, next] = graph.op("sample", [logits, settings, ids], {}) as [ValueId, ValueId];
+      return sketch.done({ sampled, next });
+    },
+    inputs: ({ shape, options }, run, seed) => {
+      const { temperature, topK, topP } = options?.settings ?? { temperature: 0, topK: 0, topP: 1 };
+      const settings = packSettings({ temperature, topK, topP, seed: seedOf(seed, "draw"), step: run.seed as number });
+      return {
+        logits: floats([1, at(shape, "vocabulary")], seed, 3),
+        settings: { dtype: "u32", shape: [5], data: settings },
+        ids: { dtype: "i32", shape: [4], data: Int32Array.of(9, 8, 7, 6) },
+      };
+    },
+  },
+};

@@ -1,0 +1,306 @@
+import { FewbitError } from "../core/errors.js";
+import { type Block, extentOf, type Format, formatKey, withScale } from "../formats/format.js";
+import { FORMATS } from "../formats/table.js";
+import type { Symbols } from "../ir/evaluate.js";
+import type { Graph } from "../ir/graph.js";
+import type { OpName, UnaryFn } from "../ir/ops.js";
+import type { HostTensor } from "../ir/tensor.js";
+import { listQuantizeNames, parseQuantizeName } from "../quantize/names.js";
+import { seedOf } from "./cases-random.js";
+import * as recipes from "./cases-recipes.js";
+
+/** The seed that the table's random numbers come from unless a caller gives another. */
+export const DEFAULT_SEED = 20250;
+
+/** One run of a program: the table's cases are these. */
+export interface CaseRun {
+  /** Unique, and enough to run the case again: `fewbit validate --case ID`. */
+  readonly id: string;
+  readonly quick: boolean;
+  readonly symbols: Symbols;
+  /** Inputs and first states by name, made when asked for. */
+  readonly inputs: () => Readonly<Record<string, HostTensor>>;
+}
+
+/** A graph of one op (and what fuses with it) with seeded weights, and the runs that share its kernels. */
+export interface CaseProgram {
+  readonly id: string;
+  readonly op: OpName;
+  /** The format that the program is about, as reports group by it. */
+  readonly format: string;
+  readonly seed: number;
+  readonly buckets: readonly Symbols[];
+  readonly build: () => { readonly graph: Graph; readonly weights: ReadonlyMap<string, HostTensor> };
+  readonly runs: readonly CaseRun[];
+}
+
+/** What a row of the table says; `cases-recipes.ts` makes graphs of it. */
+export interface Row {
+  readonly op: OpName;
+  /** Tells apart rows of one op and format. */
+  readonly variant: string;
+  readonly format: Format;
+  /** The format that x is quantized to before a linear. */
+  readonly activation?: Format;
+  readonly shape: Readonly<Record<string, number>>;
+  readonly options?: recipes.Options;
+  /** The symbol values of the runs; those listed in `quick` belong to the quick table. */
+  readonly runs: readonly Symbols[];
+  readonly quick: boolean;
+}
+
+const f32 = FORMATS.f32;
+/** Tokens that select the three kinds of kernels: one row, a few, many. */
+const ROWS: readonly Symbols[] = [{ T: 1 }, { T: 5 }, { T: 33 }];
+const FEW: readonly Symbols[] = [{ T: 1 }, { T: 5 }];
+const AT_3: readonly Symbols[] = ROWS.map(({ T }) => ({ T: T as number, P: 3 }));
+const ROW: Block = [1, "all"];
+
+/** Every format with every block it is used with, each once; those with their own block first. */
+function everyBlock(formats: readonly Format[]): { format: Format; own: boolean }[] {
+  const found = new Map<string, { format: Format; own: boolean }>();
+  for (const format of formats) found.set(formatKey(format), { format, own: true });
+  for (const format of formats) {
+    for (const block of format.blocks) {
+      const other = withScale(format, { block });
+      if (!found.has(formatKey(other))) found.set(formatKey(other), { format: other, own: false });
+    }
+  }
+  return [...found.values()];
+}
+
+/** Pairs of weight and activation that some config makes, by the config's short name. */
+function dynamicPairs(n: number, k: number): { name: string; weight: Format; activation: Format }[] {
+  const found = new Map<string, { name: string; weight: Format; activation: Format }>();
+  for (const name of listQuantizeNames()) {
+    const config = parseQuantizeName(name);
+    if (config === null || config.activation === null) continue;
+    for (const dtype of ["f32", "bf16"] as const) {
+      const weight = config.weight({ shape: [n, k], dtype });
+      if ("refused" in weight) continue;
+      const key = `${formatKey(weight)} ${formatKey(config.activation)}`;
+      if (!found.has(key)) found.set(key, { name, weight, activation: config.activation });
+    }
+  }
+  return [...found.values()];
+}
+
+const fits = (format: Format, k: number): boolean =>
+  format.scales.every(({ block }) => k % Math.max(1, extentOf(block[1], k)) === 0) &&
+  (format.element.kind !== "lut" || k % format.element.vector[1] === 0);
+
+/** The format with one scale a row, where it is used that way; else the format itself. */
+function byRow(format: Format): Format {
+  return format.blocks.some(([rows, k]) => rows === 1 && k === "all") ? withScale(format, { block: ROW }) : format;
+}
+
+function linearRows(formats: readonly Format[]): Row[] {
+  const rows: Row[] = [];
+  const add = (variant: string, format: Format, shape: { n: number; k: number }, more: Partial<Row> = {}) => {
+    if (fits(format, shape.k)) rows.push({ op: "linear", variant, format, shape, runs: ROWS, quick: false, ...more });
+  };
+  // 37 features are no multiple of a tile or a workgroup; 256 is a multiple of every block.
+  for (const { format, own } of everyBlock(formats)) add("n37_k256", format, { n: 37, k: 256 }, { quick: own });
+  for (const { name, weight, activation } of dynamicPairs(64, 256)) {
+    const quick = !/^8da[2-7]w|-(32|128|256)$/.test(name);
+    add(`dynamic_${name}`, weight, { n: 64, k: 256 }, { activation, quick });
+  }
+  for (const format of formats.map(byRow)) {
+    if (!fits(format, 37)) continue;
+    add("k36", format, { n: 5, k: 36 });
+    add("k37_odd", format, { n: 5, k: 37 }, { runs: FEW });
+  }
+  const { int8, int4_tinygemm, float8_e4m3, mxfp4, bf16, int8_asymmetric } = FORMATS;
+  add("k36", int8, { n: 5, k: 36 }, { activation: int8 });
+  add("k37_odd", int8, { n: 5, k: 37 }, { activation: int8_asymmetric, runs: FEW });
+  add("n1", int8, { n: 1, k: 64 }, { runs: FEW });
+  add("large", int4_tinygemm, { n: 130, k: 1024 }, { runs: [{ T: 1 }, { T: 70 }] });
+  add("large", int8, { n: 130, k: 2048 }, { activation: int8, runs: [{ T: 1 }, { T: 70 }] });
+  const shape = { n: 37, k: 96 };
+  for (const [i, base] of [
+    bf16,
+    byRow(int8),
+    mxfp4,
+    withScale(int4_tinygemm, { block: [1, 32] }),
+    float8_e4m3,
+  ].entries()) {
+    const quick = i < 2;
+    add("bias", base, shape, { options: { bias: true }, quick: i === 3 });
+    add("residual", base, shape, { options: { residual: true }, quick });
+    add("bias_residual", base, shape, { options: { bias: true, residual: true } });
+    for (const fn of ["relu", "silu", "gelu", "gelu_tanh"] satisfies UnaryFn[]) {
+      add(fn, base, shape, { options: { unary: fn, bias: fn === "gelu" }, quick: i === 1 && fn !== "relu" });
+    }
+    add("gated", base, shape, { options: { gated: "silu" }, quick: i === 0 || i === 3 });
+    add("gated_bias", base, shape, { options: { gated: "gelu_tanh", bias: true } });
+    add("qkv", base, { n: 32, k: 96 }, { options: { qkv: true }, runs: AT_3, quick: i === 0 || i === 3 });
+    add("qkv_bias", base, { n: 32, k: 96 }, { options: { qkv: true, bias: true }, runs: AT_3 });
+  }
+  add("gated", int8, shape, { activation: int8, options: { gated: "silu" }, quick: true });
+  add("residual", int8, shape, { activation: int8_asymmetric, options: { residual: true } });
+  add(
+    "qkv",
+    FORMATS.int4_int_zero,
+    { n: 32, k: 128 },
+    { activation: int8_asymmetric, options: { qkv: true }, runs: AT_3 },
+  );
+  return rows;
+}
+
+function otherRows(formats: readonly Format[]): Row[] {
+  const rows: Row[] = [];
+  const add = (op: OpName, variant: string, format: Format, shape: Row["shape"], more: Partial<Row> = {}) =>
+    void rows.push({ op, variant, format, shape, runs: FEW, quick: true, ...more });
+  for (const { format, own } of everyBlock(formats)) {
+    if (!fits(format, 256)) continue;
+    add("embedding", "table", format, { rows: 67, k: 256 }, { quick: own, runs: [{ T: 5 }] });
+    add("quantize", "values", format, { k: 256 }, { quick: own, runs: [{ T: 5 }] });
+    add("dequantize", "values", format, { rows: 6, k: 256 }, { quick: own, runs: [{}] });
+  }
+  add("embedding", "scaled_k36", f32, { rows: 9, k: 36 }, { options: { scale: 16 } });
+  for (const width of [256, 64, 37, 1000]) add("rmsnorm", `h${width}`, f32, { width }, { quick: width !== 64 });
+  for (const fn of ["relu", "silu", "gelu", "gelu_tanh"] satisfies UnaryFn[])
+    add("unary", fn, f32, { width: 333 }, { options: { unary: fn }, runs: [{ T: 5 }] });
+  for (const fn of ["add", "mul"] as const) {
+    add("binary", fn, f32, { width: 37 }, { options: { binary: fn }, runs: [{ T: 5 }] });
+    add(
+      "binary",
+      `${fn}_self`,
+      f32,
+      { width: 37 },
+      { options: { binary: fn, same: true }, runs: [{ T: 5 }], quick: false },
+    );
+  }
+  add("last_row", "rows", f32, { width: 77 });
+  const positions = [
+    { T: 1, P: 0 },
+    { T: 5, P: 7 },
+  ];
+  add("rope", "heads", f32, { heads: 3, size: 16 }, { runs: positions });
+  add("rope", "wide", f32, { heads: 2, size: 64 }, { runs: positions, quick: false });
+  const { f16, bf16, int8, float8_e4m3 } = FORMATS;
+  for (const format of [f32, f16, bf16, float8_e4m3, int8]) {
+    add("kv_write", "cache", format, { heads: 2, size: 16, capacity: 24 }, { runs: positions });
+    add("rope", "qkv_cache", format, { heads: 4, kvHeads: 2, size: 16, capacity: 24 }, { runs: positions });
+    const runs = [
+      { T: 1, P: 0 },
+      { T: 1, P: 90 },
+      { T: 5, P: 66 },
+      { T: 5, P: 0 },
+    ];
+    add("sdpa", "causal", format, { heads: 4, kvHeads: 2, size: 32, capacity: 96 }, { runs });
+    add(
+      "sdpa",
+      "full",
+      format,
+      { heads: 3, kvHeads: 3, size: 64, capacity: 96 },
+      { runs, quick: false, options: { causal: false } },
+    );
+  }
+  for (const [variant, settings] of Object.entries(SETTINGS)) {
+    add(
+      "sample",
+      variant,
+      f32,
+      { vocabulary: 2048 },
+      { options: { settings }, runs: [{ seed: 1 }, { seed: 2 }, { seed: 3 }] },
+    );
+  }
+  add(
+    "sample",
+    "small",
+    f32,
+    { vocabulary: 37 },
+    { options: { settings: { temperature: 0.7, topK: 5, topP: 0.9 } }, runs: [{ seed: 1 }, { seed: 2 }], quick: false },
+  );
+  return rows;
+}
+
+const SETTINGS: Readonly<Record<string, recipes.Settings>> = {
+  greedy: { temperature: 0, topK: 0, topP: 1 },
+  plain: { temperature: 1, topK: 0, topP: 1 },
+  top_k: { temperature: 0.8, topK: 40, topP: 1 },
+  top_p: { temperature: 0.8, topK: 0, topP: 0.9 },
+  both: { temperature: 1.3, topK: 100, topP: 0.8 },
+};
+
+export interface TableOptions {
+  /** Default: every row of the format table. */
+  readonly formats?: readonly Format[];
+  readonly seed?: number;
+}
+
+/** THE CASE TABLE: every op x format x shape, each case a run of a program. Tiers are devices that it is run on. */
+export function caseTable({ formats = Object.values(FORMATS), seed = DEFAULT_SEED }: TableOptions = {}): CaseProgram[] {
+  const programs = new Map<string, CaseProgram>();
+  for (const row of [...otherRows(formats), ...linearRows(formats)]) {
+    const program = programOf(row, seed);
+    if (!programs.has(program.id)) programs.set(program.id, program);
+  }
+  return [...programs.values()];
+}
+
+function programOf(row: Row, base: number): CaseProgram {
+  const { op, variant, format, activation } = row;
+  const key = formatKey(format);
+  const id = `${op}/${activation === undefined ? key : `${formatKey(activation)}*${key}`}/${variant}`;
+  const seed = seedOf(base, id);
+  const recipe = recipes.RECIPES[op];
+  const runs = row.runs.map((symbols): CaseRun => {
+    const text = Object.entries(symbols).map(([name, value]) => `${name}${value}`);
+    const runId = [id, ...(text.length > 0 ? [text.join("_")] : [])].join("/");
+    return {
+      id: runId,
+      quick: row.quick,
+      symbols: recipe.symbols(symbols),
+      inputs: () => recipe.inputs(row, symbols, seedOf(base, runId)),
+    };
+  });
+  const largest = (name: string) => Math.max(...row.runs.map((symbols) => symbols[name] ?? 0));
+  const max = Object.fromEntries(Object.keys(row.runs[0] ?? {}).map((name) => [name, largest(name)]));
+  // Runs of few rows get kernels of their own, as a model's decoding does.
+  const buckets = [1, 8].filter(
+    (T) => T < (max.T ?? 0) && row.runs.some((run) => (run.T ?? 0) <= T && (run.T ?? 0) > (T === 8 ? 1 : 0)),
+  );
+  return {
+    id,
+    op,
+    format: format.name,
+    seed,
+    buckets: buckets.map((T) => ({ T })),
+    build: () => recipe.build(row, recipe.symbols(max), seed),
+    runs,
+  };
+}
+
+export interface Selection {
+  /** Only the quick table. */
+  readonly quick?: boolean;
+  readonly formats?: readonly string[];
+  readonly ops?: readonly string[];
+  /** Ids of programs or of single cases. */
+  readonly ids?: readonly string[];
+}
+
+/**
+ * The programs of a table that a selection asks for, with only the runs it asks for.
+ * Throws `argument/unknown-name` for an id that the table does not have.
+ */
+export function selectCases(table: readonly CaseProgram[], { quick, formats, ops, ids }: Selection): CaseProgram[] {
+  for (const id of ids ?? []) {
+    if (table.some((program) => program.id === id || program.runs.some((run) => run.id === id))) continue;
+    const nearest = table
+      .flatMap(({ runs }) => runs.map((run) => run.id))
+      .filter((name) => name.startsWith(id.split("/")[0] as string))
+      .slice(0, 5);
+    throw new FewbitError("argument/unknown-name", { kind: "case", name: id, nearest });
+  }
+  return table.flatMap((program) => {
+    if (formats !== undefined && !formats.includes(program.format)) return [];
+    if (ops !== undefined && !ops.includes(program.op)) return [];
+    const runs = program.runs.filter(
+      (run) => (!quick || run.quick) && (ids === undefined || ids.includes(program.id) || ids.includes(run.id)),
+    );
+    return runs.length === 0 ? [] : [{ ...program, runs }];
+  });
+}
