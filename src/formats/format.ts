@@ -214,6 +214,8 @@ function checked(format: Format): Format {
       if (codec.exponent < 1 || codec.exponent > 8) fail("a float codec has 1 to 8 exponent bits");
       if (codec.mantissa > 22 && codec.exponent !== 8) fail("only float32 has more than 22 mantissa bits");
       if (codec.bias > 127) fail("its smallest normal number is below float32's");
+      const top = 2 ** codec.exponent - (codec.specials === "ieee" ? 2 : 1);
+      if (top - codec.bias > 127) fail("its largest number is above float32's");
     }
     if (codec.kind === "lut" && codec.entries !== "learned") {
       const expected = 2 ** codec.bits * codec.vector[0] * codec.vector[1];

@@ -1,4 +1,4 @@
-import { type Block, type Codec, defineFormat, type Format, type Rule, withRule } from "./format.js";
+import { type Block, type Codec, defineFormat, type Format, type Rule, withRule, withScale } from "./format.js";
 
 const float = (
   exponent: number,
@@ -263,4 +263,10 @@ export const VARIANTS = {
   float8_mslk: withRule(FORMATS.float8_e4m3, "mslk", { rule: { kind: "amax", floor: 1 / 512, round: "after" } }),
   /** 9.2: activations of 8daNw, eps the dtype's smallest normal number. */
   int8_intx: withRule(FORMATS.int8_asymmetric, "intx", { rule: affine({ bits: 8, signed: true }, "asymmetric") }),
+  /** 19: a KV cache's int8, one scale a token and head, codes in [-127, 127]. */
+  int8_kv: withRule(FORMATS.int8, "kv", {
+    rule: { kind: "affine", mapping: "symmetric", min: -127, max: 127, eps: 1e-5 },
+  }),
+  /** A KV cache's int4: 3.2 asymmetric in groups of 32 along the head, a bf16 scale and a byte of zero point each. */
+  int4_kv: withScale(FORMATS.uint4, { block: [1, 32] }),
 } as const;

@@ -5,6 +5,7 @@ import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
 import { quantizeTensor } from "../quantize/quantize.js";
 import { checkCapacity, evaluateSdpa, keyRowOf } from "./attention.js";
 import { cacheRows } from "./attention-shape.js";
+import { evaluateConv } from "./conv.js";
 import { dense, type Node, stored, type TensorType } from "./graph.js";
 import { type OpAttrs, type OpName, shapeRows, type UnaryFn } from "./ops.js";
 import { sampleToken, unpackSettings } from "./sample.js";
@@ -106,6 +107,11 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
   },
 
   /** Products and sums are rounded to float32 one by one, so that every backend rotates to the same bits. */
+  conv2d: ([x, weight, bias], attrs) => {
+    const matrix = quantized(weight);
+    return [evaluateConv(x as DenseTensor, matrix, exactValues(matrix), bias === undefined ? undefined : floats(bias), attrs)];
+  },
+
   rope: ([x, table], { heads, position, interleaved }, symbols) => {
     const source = x as DenseTensor;
     const [rows, width] = shapeRows(source.shape);

@@ -1,6 +1,7 @@
 import { FewbitError } from "../core/errors.js";
 import type { Codec, Format } from "../formats/format.js";
 import { inferKvWrite, inferSdpa } from "./attention-shape.js";
+import { type ConvAttrs, convSize, inferConv } from "./conv.js";
 import type { Dim, TensorType } from "./graph.js";
 import { requireBlocks, requireDense, requireFormat, requireShape } from "./require.js";
 
@@ -12,6 +13,7 @@ export interface OpAttrs {
   embedding: { readonly scale?: number };
   rmsnorm: { readonly eps: number };
   linear: Record<string, never>;
+  conv2d: ConvAttrs;
   /** `interleaved` rotates neighbours (2i, 2i + 1); without it the halves (i, i + D/2), as NeoX and Llama do. */
   rope: { readonly heads: number; readonly position: string; readonly interleaved?: boolean };
   kv_write: KvWriteAttrs;
@@ -124,6 +126,16 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
       return [f32([...x.shape.slice(0, -1), n])];
     },
     flops: (shapes) => 2 * elements(shapes[0]) * (shapes[1]?.[0] ?? 0),
+  },
+  /** See `conv.ts`. */
+  conv2d: {
+    operands: ["x", "weight", "bias"],
+    optional: 1,
+    infer: inferConv,
+    flops: ([x, weight], attrs) => {
+      const [h, w] = convSize(attrs, x?.[2] ?? 0, x?.[3] ?? 0);
+      return 2 * (x?.[0] ?? 0) * h * w * elements(weight);
+    },
   },
   /** x f32 [T, heads * D], table f32 [positions, D]: cosines then sines -> f32 [T, heads * D]; half-split pairs (NeoX). */
   rope: {

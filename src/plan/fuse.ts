@@ -1,6 +1,6 @@
 import { FewbitError } from "../core/errors.js";
 import { formatKey } from "../formats/format.js";
-import type { Graph, Node, ValueId } from "../ir/graph.js";
+import { type Graph, type Node, showType, type ValueId } from "../ir/graph.js";
 import { OPS } from "../ir/ops.js";
 import { kindOf, type Step, type StepKind } from "./step.js";
 
@@ -59,6 +59,16 @@ function concatenable(view: View, indices: readonly number[]): boolean {
     const rows = type.shape[0] as number;
     return type.format.scales.every(({ block }) => block[0] === "all" || rows % block[0] === 0);
   });
+}
+
+/** Whether a group's cache writes quantize alike and find their rows alike. */
+function sameCaches(view: View, group: readonly number[]): boolean {
+  const writes = group.map((index) => nodeAt(view, index)).filter((node): node is Node<"kv_write"> => node.op === "kv_write");
+  const keys = writes.map(({ inputs, attrs }) => {
+    const type = view.graph.values[inputs[0] as ValueId]?.type;
+    return JSON.stringify([type && showType(type), attrs, inputs[2]]);
+  });
+  return new Set(keys).size === 1;
 }
 
 /** The fusions, in the order they are tried. */
@@ -131,7 +141,7 @@ export const FUSIONS: readonly Fusion[] = [
         group.push(i);
       }
       const ropes = group.filter((i) => nodeAt(view, i).op === "rope");
-      return group.length === 4 && ropes.length === 2 ? group : null;
+      return group.length === 4 && ropes.length === 2 && sameCaches(view, group) ? group : null;
     },
   },
 ];

@@ -1,7 +1,9 @@
 import type { Capabilities } from "../backends/backend.js";
 import { FewbitError } from "../core/errors.js";
 import type { Symbols } from "../ir/evaluate.js";
-import type { Graph } from "../ir/graph.js";
+import { checkCapacity } from "../ir/attention.js";
+import { attentionShape, cacheRows, type KeyRows } from "../ir/attention-shape.js";
+import type { Dim, Graph, Value } from "../ir/graph.js";
 import { typeBytes } from "../ir/tensor.js";
 import { fuse } from "./fuse.js";
 import { type MemoryPlan, planMemory } from "./memory.js";
@@ -21,8 +23,19 @@ export interface Plan {
   /** Smallest first; a run takes the first bucket that holds its symbols. */
   readonly buckets: readonly Bucket[];
   readonly memory: MemoryPlan;
+  /** What every run must find room for, before anything of it is written. */
+  readonly caches: readonly CacheLimit[];
   /** Bytes by kind with every symbol at its largest. */
   readonly bytes: { readonly weights: number; readonly state: number; readonly activations: number };
+}
+
+/** A cache that a run of `tokens` after `position` writes and reads. */
+interface CacheLimit {
+  readonly position: string;
+  readonly tokens: Dim;
+  readonly rows: KeyRows;
+  /** Tokens that must still be there, the newest one counted. */
+  readonly window: number;
 }
 
 export interface PlanOptions {
@@ -63,10 +76,31 @@ export function makePlan(
       });
     }
   }
-  return { graph, steps, buckets, memory, bytes: { weights: sum("weight"), state: sum("state"), activations } };
+  return { graph, steps, buckets, memory, caches: cacheLimits(graph), bytes: { weights: sum("weight"), state: sum("state"), activations } };
 }
 
-/** The index of the first bucket that holds `symbols`. Throws `argument/invalid` when the largest does not. */
+/** Every cache of a graph, once. */
+function cacheLimits(graph: Graph): CacheLimit[] {
+  const found = new Map<string, CacheLimit>();
+  for (const node of graph.nodes) {
+    const types = node.inputs.map((id) => (graph.values[id] as Value).type);
+    const add = (limit: CacheLimit) => found.set(JSON.stringify(limit), limit);
+    if (node.op === "kv_write") {
+      const { position } = node.attrs;
+      const { keys, page, kvHeads, ring } = cacheRows(types, node.attrs, node.op);
+      add({ position, tokens: types[1]?.shape[0] as Dim, rows: { keys, page, kvHeads, ring }, window: 0 });
+    } else if (node.op === "sdpa" && node.attrs.position !== undefined) {
+      const { keys, page, kvHeads, ring, tokens } = attentionShape(types, node.attrs, node.op);
+      add({ position: node.attrs.position, tokens, rows: { keys, page, kvHeads, ring }, window: node.attrs.window ?? 0 });
+    }
+  }
+  return [...found.values()];
+}
+
+/**
+ * The index of the first bucket that holds `symbols`. Throws `argument/invalid` when the largest does not, and `cache/overflow`
+ * for a run that its caches cannot take.
+ */
 export function bucketFor(plan: Plan, symbols: Symbols): number {
   for (const [name, max] of Object.entries(plan.graph.symbols)) {
     const value = symbols[name];
@@ -77,6 +111,10 @@ export function bucketFor(plan: Plan, symbols: Symbols): number {
         expected: `an integer from 0 to ${max}`,
       });
     }
+  }
+  for (const { position, tokens, rows, window } of plan.caches) {
+    const count = typeof tokens === "number" ? tokens : (symbols[tokens] as number);
+    checkCapacity(rows, symbols[position] as number, count, window);
   }
   return plan.buckets.findIndex((bucket) =>
     Object.entries(bucket.symbols).every(([name, max]) => (symbols[name] as number) <= max),

@@ -9,6 +9,7 @@ export type StepKind =
   | "embedding"
   | "rmsnorm"
   | "linear"
+  | "conv2d"
   | "rope_kv"
   | "sdpa"
   | "elementwise"
@@ -35,6 +36,7 @@ const KIND_OF: Readonly<Record<Node["op"], StepKind>> = {
   embedding: "embedding",
   rmsnorm: "rmsnorm",
   linear: "linear",
+  conv2d: "conv2d",
   rope: "rope_kv",
   kv_write: "rope_kv",
   sdpa: "sdpa",

@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { quantizeKernel, quantizeObstacle } from "../../src/backends/webgpu/kernels/quantize.js";
 import type { RuleOptions } from "../../src/backends/webgpu/wgsl/rules.js";
-import type { FloatType } from "../../src/core/dtype.js";
+import { type FloatType, f32FromBits } from "../../src/core/dtype.js";
 import { FewbitError } from "../../src/core/errors.js";
 import { type Block, type Format, formatKey, type Rule, withRule, withScale } from "../../src/formats/format.js";
 import { CODECS, FORMATS } from "../../src/formats/table.js";
@@ -80,6 +80,20 @@ describe("rules that no row of the table has", () => {
   describe.each(named(formats))("%s", (_, format) => {
     test("from f32", () => expectEqual(format, "f32"));
     test("from bf16, torchao", () => expectEqual(format, "bf16", { numerics: "torchao" }));
+  });
+  test("scales nearest to a power of two in log2: on both sides of sqrt(2)", async () => {
+    // Its largest value is a power of two, so scales have the mantissas of the row.
+    const element = { kind: "float", exponent: 3, mantissa: 0, bias: 3, signed: true, specials: "none" } as const;
+    const format = withRule(float8_e4m3, "e3m0", {
+      element,
+      rule: { kind: "amax", floor: 0, round: "before", power: true },
+    });
+    const bits = [0x3fb504f2, 0x3fb504f3, 0x3fb504f4, 0x00004f3, 0x005a8279, 0x005a827a, 1, 2, 3];
+    const data = Float32Array.from(bits, f32FromBits);
+    for (const numerics of ["guarded", "torchao"] as const) {
+      const expected = quantizeTensor(data, [bits.length, 1], "f32", format, { numerics });
+      expect(differences(await quantizeOnGpu(gpu, format, data, [bits.length, 1], { numerics }), expected)).toEqual([]);
+    }
   });
   test("nvfp4 with the per-tensor scale of a calibration", () => expectEqual(nvfp4, "f32", { perTensorScale: 0.0021 }));
 });

@@ -1,4 +1,4 @@
-import { type FloatType, f32FromBits, roundTo } from "../../src/core/dtype.js";
+import { type FloatType, f32Bits, f32FromBits, roundTo } from "../../src/core/dtype.js";
 import { decode, maxValue } from "../../src/formats/codec.js";
 import { type Codec, codecBits } from "../../src/formats/format.js";
 import { randomWords } from "./codecs.js";
@@ -26,6 +26,12 @@ export function adversarialRows(
   const smallest = SMALLEST[dtype];
   const normalLeast = dtype === "f16" ? 2 ** -14 : 2 ** -126;
   const ties = tiesOf(element);
+  const top = codecBits(element) > 16 || element.kind === "lut" ? 1.5 : maxValue(element);
+  const powers = dtype === "f16" ? [-20, -14, -8, -1, 0, 1, 4, 9] : [-133, -127, -126, -125, 0, 1, 60, 100];
+  const carry = (i: number, steps: number) => {
+    const bits = f32Bits(Math.fround(top * 2 ** (powers[Math.floor(i / 32) % powers.length] as number))) + steps;
+    return i % 4 === 0 ? f32FromBits(bits) : f32FromBits(bits) * normal() * 0.2;
+  };
   const at = (i: number, place: number, value: number, other: number) =>
     i % Math.min(k, 97) === place ? value : other;
   return {
@@ -52,6 +58,10 @@ export function adversarialRows(
       const value = f32FromBits(next());
       return Number.isFinite(value) ? value / (dtype === "f16" ? 2 ** 100 : 1) : 1;
     }),
+    // The largest value of each 32 is the codec's largest times a power of two, or a neighbour: where block scales carry.
+    "carry points": row((i) => carry(i, 0)),
+    "just above carry points": row((i) => carry(i, 1)),
+    "just below carry points": row((i) => carry(i, -1)),
     infinity: row((i) => at(i, 9, Number.POSITIVE_INFINITY, normal())),
     "negative infinity": row((i) => at(i, 0, Number.NEGATIVE_INFINITY, normal())),
     "both infinities": row((i) => (i % 2 === 0 ? Number.NEGATIVE_INFINITY : Number.POSITIVE_INFINITY)),

@@ -24,6 +24,11 @@ export function scheduleFaults(graph: Graph, steps: readonly Step[]): string[] {
     for (const id of node.outputs) known.add(id);
     for (const id of updates(node)) stale.add(id);
   }
+  for (const { id, fusion, nodes, outputs } of steps) {
+    const single = fusion !== undefined && ["gate*up", "linear+residual", "linear+activation"].includes(fusion);
+    if (single && outputs.join() !== nodes.at(-1)?.outputs.join())
+      faults.push(`step ${id} shows what ${fusion} swallows`);
+  }
   for (const step of steps) {
     const inside = new Set(step.nodes.flatMap((node) => node.outputs));
     const read = new Set(step.nodes.flatMap((node) => node.inputs).filter((id) => !inside.has(id)));

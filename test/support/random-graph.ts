@@ -19,10 +19,13 @@ export const RUN = { T: 3, past: 2 } as const;
 /** One op of a random graph: what it is and which of the values there are it reads. */
 type Choice = readonly [kind: number, a: number, b: number, c: number];
 
-/** Graphs of every op that a decoder uses, wired at random: values read by none or many, in-place updates, any outputs. */
+/**
+ * Graphs of every op that a decoder uses, wired at random: values read by none or many, in-place updates, any outputs; among them
+ * the patterns that fusions look for, whole or with something else reading their inside.
+ */
 export const randomGraph: fc.Arbitrary<Graph> = fc
   .record({
-    ops: fc.array(fc.tuple(fc.nat(), fc.nat(), fc.nat(), fc.nat()), { minLength: 1, maxLength: 30 }),
+    ops: fc.array(fc.tuple(fc.nat(), fc.nat(), fc.nat(), fc.nat()), { minLength: 1, maxLength: 20, size: "max" }),
     outputs: fc.array(fc.nat(), { minLength: 1, maxLength: 4 }),
   })
   .map(({ ops, outputs }) => build(ops, outputs));
@@ -38,6 +41,8 @@ function build(ops: readonly Choice[], outputs: readonly number[]): Graph {
     g.one("quantize", [g.input("old", dense("f32", [2, 8, 8]))], { format: FORMATS.f32 }, "copied"),
   ];
   const table = g.weight("table", dense("f32", [16, 8]));
+  let count = 0;
+  const fresh = (kind: string) => `${kind}${count++}`;
   const pool = (width: Width) => pools.get(width) as ValueId[];
   const pick = (width: Width, n: number): ValueId => pool(width)[n % pool(width).length] as ValueId;
   const add = (width: Width, id: ValueId) => {
@@ -45,20 +50,20 @@ function build(ops: readonly Choice[], outputs: readonly number[]): Graph {
     made.push(id);
   };
   const weight = (n: Width, k: Width, which: number) =>
-    g.weight(`w${made.length}`, stored([FORMATS.f32, INT4, INT8][which % 3] as typeof INT4, [n, k]));
+    g.weight(fresh("w"), stored([FORMATS.f32, INT4, INT8][which % 3] as typeof INT4, [n, k]));
   const width = (n: number) => WIDTHS[n % 3] as Width;
   const kinds: ((a: number, b: number, c: number) => void)[] = [
     (a, b, c) => add(width(a), g.one("unary", [pick(width(a), b)], { fn: c % 2 === 0 ? "silu" : "relu" })),
     (a, b, c) =>
       add(width(a), g.one("binary", [pick(width(a), b), pick(width(a), c)], { fn: b % 2 === 0 ? "add" : "mul" })),
     (a, b) => {
-      const gain = g.weight(`g${made.length}`, dense("f32", [width(a)]));
+      const gain = g.weight(fresh("g"), dense("f32", [width(a)]));
       add(width(a), g.one("rmsnorm", [pick(width(a), b), gain], { eps: 1e-5 }));
     },
     // Several linears of one input are what fusions look for: `b` rarely differs.
     (a, b, c) => add(width(c), g.one("linear", [pick(width(a), b % 2), weight(width(c), width(a), b)], {})),
     (a, b, c) => {
-      const bias = g.weight(`b${made.length}`, dense("f32", [width(c)]));
+      const bias = g.weight(fresh("b"), dense("f32", [width(c)]));
       add(width(c), g.one("linear", [pick(width(a), b), weight(width(c), width(a), c), bias], {}));
     },
     (a, b, c) => {
@@ -78,6 +83,34 @@ function build(ops: readonly Choice[], outputs: readonly number[]): Graph {
       );
     },
   ];
+  const linear = (x: ValueId, k: Width, n: Width, which: number) => g.one("linear", [x, weight(n, k, which)], {});
+  kinds.push(
+    (a, b, c) => {
+      const [x, n] = [pick(width(a), b), width(c)];
+      const [gate, up] = [linear(x, width(a), n, b), linear(x, width(a), n, b)];
+      if (a % 7 === 0) add(n, up);
+      const active = g.one("unary", [gate], { fn: "silu" });
+      if (a % 7 === 1) add(n, active);
+      add(n, g.one("binary", b % 2 === 0 ? [active, up] : [up, active], { fn: c % 5 === 0 ? "add" : "mul" }));
+    },
+    (a, b, c) => {
+      const x = pick(width(a), b);
+      const [q, k, v] = ([32, 16, 16] as const).map((n) => linear(x, width(a), n, b)) as [ValueId, ValueId, ValueId];
+      if (c % 7 === 0) add(16, k);
+      const turned = g.one("rope", [q, table], { heads: 4, position: POSITION });
+      const key = g.one("rope", [k, table], { heads: 2, position: POSITION });
+      for (const [i, written] of [key, v].entries()) {
+        caches[i] = g.one("kv_write", [caches[i] as ValueId, written], { position: POSITION });
+      }
+      add(32, turned);
+      if (c % 7 === 1) add(16, v);
+    },
+    (a, b, c) => {
+      const product = linear(pick(width(a), b), width(a), width(c), b);
+      if (c % 7 === 0) add(width(c), product);
+      add(width(c), g.one("binary", [pick(width(c), b), product], { fn: "add" }));
+    },
+  );
   for (const [kind, a, b, c] of ops) kinds[kind % kinds.length]?.(a, b, c);
   if (made.length === 0) add(16, g.one("unary", [pick(16, 0)], { fn: "relu" }));
   for (const id of new Set(outputs.map((n) => made[n % made.length] as ValueId))) g.output(`out${id}`, id);

@@ -249,6 +249,13 @@ describe("rows", () => {
       "a bias beyond float32",
       { ...row, element: { kind: "float", exponent: 4, mantissa: 3, bias: 200, signed: true, specials: "none" } },
     ],
+    [
+      "a number beyond float32",
+      {
+        ...row,
+        element: { kind: "float", exponent: 8, mantissa: 2, bias: 127, signed: true, specials: "none" },
+      },
+    ],
   ] as const)("%s is refused", (_what, bad) => {
     expect(() => defineFormat("bad", bad as Parameters<typeof defineFormat>[1])).toThrow(
       expect.objectContaining({ code: "format/invalid-row" }),

@@ -14,6 +14,7 @@ const KINDS: readonly StepKind[] = [
   "embedding",
   "rmsnorm",
   "linear",
+  "conv2d",
   "rope_kv",
   "sdpa",
   "elementwise",

@@ -131,6 +131,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   };
 }
 
+/** Rounds to 11 significant bits by integer arithmetic: drivers take a conversion to f16 and back for the identity. */
+const elevenBits = (vector: string): string =>
+  `bitcast<vec4<f32>>((bitcast<vec4<u32>>(${vector}) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u))`;
+
 function matrixSource(
   context: BuildContext,
   step: LinearStep,
@@ -147,7 +151,7 @@ function matrixSource(
   const eight = (f: (i: number) => string) => Array.from({ length: 8 }, (_, i) => f(i)).join("\n");
   const loadX = parts.packedBytes && parts.xStored !== null ? parts.xStored.chunk("v", "row", "c") : parts.loadX("v", "row", "c");
   const fillX = split
-    ? eight((i) => `{ let s = v${i} * scale; let hi = vec4<f32>(${half("s")});\n${put("x_hi", i, "hi")}\n${put("x_lo", i, "s - hi")} }`)
+    ? eight((i) => `{ let s = v${i} * scale; let hi = ${elevenBits("s")};\n${put("x_hi", i, "hi")}\n${put("x_lo", i, "s - hi")} }`)
     : eight((i) => put("x_hi", i, `vec4<f32>(v${i})`));
   const fillW = (part: number) => {
     const reader = parts.weights[part] as StoredReader;

@@ -102,7 +102,7 @@ function decodeSource(text: SdpaText, { count, blocks }: Rows, split: boolean): 
       if (column == 0u) { out[at] = vec4<f32>(tops[${r}], totals[${r}], 0.0, 0.0); }
       out[at + 1u + column] = sum;`
       : `if (r0 + ${r}u < rows) { out[${text.outAt("b", `head_of(r0 + ${r}u, h)`, `((r0 + ${r}u) / ${group}u)`)} + column] = select(vec4<f32>(), sum / totals[${r}], totals[${r}] > 0.0); }`;
-  /** A tree over the threads that share a row; \`combine\` joins two values of \`side\`. */
+  /** A tree over the threads that share a row; `combine` joins two values of `side`. */
   const tree = (combine: (a: string, b: string) => string) => `workgroupBarrier();
     for (var half = ${lanes / 2}u; half > 0u; half /= 2u) {
       if (lane < half) { side[lid] = ${combine("side[lid]", "side[lid + half]")}; }

@@ -1,4 +1,5 @@
 import type { WebGpuKernel } from "../kernel.js";
+import { CONV_KERNELS } from "./conv.js";
 import { CONVERT_KERNELS } from "./convert.js";
 import { ELEMENTWISE_KERNELS } from "./elementwise.js";
 import { GEMV_KERNELS } from "./gemv.js";
@@ -21,5 +22,6 @@ export const WEBGPU_KERNELS: readonly WebGpuKernel[] = [
   ...SDPA_KERNELS,
   ...ELEMENTWISE_KERNELS,
   ...CONVERT_KERNELS,
+  ...CONV_KERNELS,
   ...SAMPLE_KERNELS,
 ];

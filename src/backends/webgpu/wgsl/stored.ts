@@ -218,6 +218,8 @@ function wgslFloat(value: number): string {
   return /[.e]/.test(text) ? `${text}f` : `${text}.0f`;
 }
 
+const hex = (value: number): string => `0x${value.toString(16)}u`;
+
 /** The eight vec4 expressions of a chunk whose words are `word(0) ...`. */
 function decodeChunk(prefix: string, codec: Codec, word: (i: number) => string, integer: boolean): string[] {
   const bits = codecBits(codec);
@@ -225,27 +227,31 @@ function decodeChunk(prefix: string, codec: Codec, word: (i: number) => string, 
   const vectorK = codecVector(codec)[1];
   // Integer to float conversions run at a quarter of the rate of other arithmetic: put the code into the low bits of 2^23
   // (exact) and subtract 2^23 instead. A signed code becomes unsigned by flipping its sign bit.
-  const half = 2 ** (bits - 1);
-  const asFloat = (codes: string) =>
-    `(bitcast<vec4<f32>>(${codes} | vec4<u32>(0x4b000000u)) - ${8388608 + (codec.kind === "int" && codec.signed ? half : 0)}.0)`;
+  if (codec.kind === "int" && !integer) {
+    const flip = codec.signed ? 2 ** (bits - 1) : 0;
+    const code = (e: number): string => {
+      const [w, shift] = [Math.floor((e * bits) / 32), (e * bits) % 32];
+      const low = shift === 0 ? word(w) : `(${word(w)} >> ${shift}u)`;
+      return shift + bits > 32 ? `(${low} | (${word(w + 1)} << ${32 - shift}u))` : low;
+    };
+    const magic = `vec4<u32>(${hex(0x4b000000 + flip)})`;
+    return Array.from({ length: 8 }, (_, i) => {
+      const codes = `(vec4<u32>(${[0, 1, 2, 3].map((lane) => code(i * 4 + lane)).join(", ")}) & vec4<u32>(${2 ** bits - 1}u))`;
+      return `(bitcast<vec4<f32>>(${codes} ${flip === 0 ? "|" : "^"} ${magic}) - ${8388608 + flip}.0)`;
+    });
+  }
   if (codec.kind === "int" && bits === 8) {
-    const unpack = codec.signed && integer ? "unpack4xI8" : "unpack4xU8";
-    const flip = codec.signed && !integer ? " ^ 0x80808080u" : "";
-    return Array.from({ length: 8 }, (_, i) =>
-      integer ? `vec4<i32>(${unpack}(${word(i)}))` : asFloat(`unpack4xU8(${word(i)}${flip})`),
-    );
+    return Array.from({ length: 8 }, (_, i) => `${type}(${codec.signed ? "unpack4xI8" : "unpack4xU8"}(${word(i)}))`);
   }
   if (codec.kind === "int" && bits === 4) {
     // Even codes lie in the low nibbles of a word's bytes, odd codes in the high ones.
     const flip = codec.signed ? " ^ 0x08080808u" : "";
-    const offset = codec.signed ? " - 8" : "";
     return Array.from({ length: 8 }, (_, i) => {
       const source = word(Math.floor(i / 2));
       const low = `unpack4xU8((${source} & 0x0f0f0f0fu)${flip})`;
       const high = `unpack4xU8(((${source} >> 4u) & 0x0f0f0f0fu)${flip})`;
       const [a, b] = i % 2 === 0 ? ["x", "y"] : ["z", "w"];
-      const codes = `vec4<u32>(${low}.${a}, ${high}.${a}, ${low}.${b}, ${high}.${b})`;
-      return integer ? `vec4<i32>(${codes})${offset}` : asFloat(codes);
+      return `vec4<i32>(vec4<u32>(${low}.${a}, ${high}.${a}, ${low}.${b}, ${high}.${b}))${codec.signed ? " - 8" : ""}`;
     });
   }
   const element = (e: number): string => {

@@ -1,0 +1,300 @@
+import { describe, expect, test } from "vitest";
+import { FewbitError } from "../../src/core/errors.js";
+import { type Format, withScale } from "../../src/formats/format.js";
+import { FORMATS } from "../../src/formats/table.js";
+import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../../src/ir/graph.js";
+import { packSettings } from "../../src/ir/sample.js";
+import type { DenseTensor } from "../../src/ir/tensor.js";
+import { parseConfig } from "../../src/models/config.js";
+import { buildDecoder, type DecoderOptions, ROPE_TABLE, ropeTable } from "../../src/models/decoder.js";
+import { FUSIONS, fuse } from "../../src/plan/fuse.js";
+import { bucketFor, explainPlan, makePlan, type PlanOptions } from "../../src/plan/plan.js";
+import type { KernelRow, Requirement } from "../../src/plan/select.js";
+import type { StepKind } from "../../src/plan/step.js";
+import { open } from "../../src/runtime/device.js";
+import { scheduleFaults } from "../support/plans.js";
+import { randomTensor } from "../support/random-graph.js";
+import { TINY_CONFIG } from "../support/tiny-model.js";
+
+const INT4 = withScale(FORMATS.int4_tinygemm, { block: [1, 32] });
+const config = parseConfig(TINY_CONFIG);
+const decoder = (options: Partial<DecoderOptions> = {}, fields: Record<string, unknown> = {}) =>
+  buildDecoder(parseConfig({ ...TINY_CONFIG, ...fields }), {
+    weightFormat: ({ role }) => (role === "embedding" || role === "head" ? FORMATS.bf16 : INT4),
+    activationFormat: () => null,
+    kvFormat: FORMATS.f32,
+    maxTokens: 8,
+    capacity: 32,
+    logits: "last",
+    ...options,
+  });
+
+/** A device of made-up kernels. */
+function device(kernels: readonly KernelRow[], maxBuffer = 1e9) {
+  const none = { maxBinding: maxBuffer, workgroupMemory: 0, maxInvocations: 1, maxWorkgroupsPerDimension: 1 };
+  const speeds = { bandwidth: 1e9, flops: 1e9, dispatchSeconds: 1e-6, maxStorageBuffers: 8 };
+  return {
+    kernels,
+    capabilities: { features: new Set<string>(), maxBuffer, subgroupSize: [0, 0] as const, ...none, ...speeds },
+  };
+}
+const kernel = (id: string, kind: StepKind, efficiency = 1, requires: readonly Requirement[] = []): KernelRow => ({
+  id,
+  kind,
+  requires,
+  efficiency: { bandwidth: efficiency, compute: efficiency },
+});
+
+/** out = relu(x W^T), as a graph and the device that can run it. */
+function small(): Graph {
+  const g = new GraphBuilder({ T: 16 });
+  const product = g.one(
+    "linear",
+    [g.input("x", dense("f32", ["T", 64])), g.weight("w", stored(INT4, [32, 64]))],
+    {},
+    "product",
+  );
+  g.output("out", g.one("unary", [product], { fn: "relu" }, "out"));
+  return g.build();
+}
+
+function failure(run: () => unknown): FewbitError {
+  try {
+    run();
+  } catch (error) {
+    expect(error).toBeInstanceOf(FewbitError);
+    return error as FewbitError;
+  }
+  throw new Error("nothing was thrown");
+}
+
+describe("fusion of a decoder", () => {
+  const variants: [what: string, graph: Graph, layerSteps: number][] = [
+    ["with 4-bit weights", decoder(), 8],
+    ["with biases", decoder({}, { architectures: ["Qwen2ForCausalLM"] }), 8],
+    ["with all logits", decoder({ logits: "all" }), 8],
+    // One quantize for q, k and v, one for o, one for gate and up, one for down.
+    ["with quantized activations", decoder({ activationFormat: () => FORMATS.int8 }), 12],
+    [
+      "with tied embeddings and a quantized cache",
+      decoder({ kvFormat: withScale(FORMATS.int8, { block: [1, 8] }) }, { tie_word_embeddings: true }),
+      8,
+    ],
+  ];
+
+  test.each(variants)("%s takes as many steps a layer as it should", (_, graph, layerSteps) => {
+    const steps = fuse(graph);
+    const outside =
+      graph.outputs.sampled === undefined
+        ? ["embedding", "rmsnorm", "linear"]
+        : ["embedding", "last_row", "rmsnorm", "linear", "sample"];
+    expect(steps).toHaveLength(config.layers * layerSteps + outside.length);
+  });
+
+  test.each(variants)(
+    "%s: every node is in exactly one step, in an order that respects every dependency",
+    (_, graph) => {
+      expect(scheduleFaults(graph, fuse(graph))).toEqual([]);
+      expect(scheduleFaults(graph, fuse(graph, false))).toEqual([]);
+    },
+  );
+
+  test("groups each layer as norm, qkv, rope and cache, attention, output with residual, norm, gate and up, down with residual", () => {
+    const steps = fuse(decoder()).map(({ kind, fusion }) => fusion ?? kind);
+    const layer = [
+      "rmsnorm",
+      "qkv",
+      "rope+kv_write",
+      "sdpa",
+      "linear+residual",
+      "rmsnorm",
+      "gate*up",
+      "linear+residual",
+    ];
+    expect(steps).toEqual(["embedding", ...layer, ...layer, "last_row", "rmsnorm", "linear", "sample"]);
+    expect(fuse(decoder(), false).every((step) => step.nodes.length === 1 && step.fusion === undefined)).toBe(true);
+  });
+
+  test("computes on the reference what single nodes compute, bit for bit: logits, tokens and caches, prompt and next token", async () => {
+    await using reference = await open({ prefer: ["reference"] });
+    const graph = decoder();
+    const weights = (name: string) => {
+      if (name === ROPE_TABLE) return { dtype: "f32", shape: [32, 8], data: ropeTable(config, 32) } as const;
+      return randomTensor(graph.values.find((value) => value.name === name)?.type as never, name, graph.symbols);
+    };
+    const results: unknown[][] = [];
+    for (const fused of [true, false]) {
+      using program = await reference.compile(graph, { fuse: fused, weights });
+      const { executable } = program;
+      const all: unknown[] = [];
+      executable.write("settings", {
+        dtype: "u32",
+        shape: [5],
+        data: packSettings({ temperature: 1, topK: 0, topP: 1, seed: 1, step: 0 }),
+      });
+      executable.write("ids", { dtype: "i32", shape: [5], data: Int32Array.of(3, 1, 200, 7, 9) });
+      for (const symbols of [
+        { T: 5, past: 0 },
+        { T: 1, past: 5 },
+        { T: 1, past: 6 },
+      ]) {
+        executable.submit(symbols);
+        for (const name of ["logits", "sampled", "layer0.k_cache", "layer1.v_cache"])
+          all.push(await executable.read(name));
+      }
+      results.push(all);
+    }
+    expect(results[0]).toEqual(results[1]);
+    const [logits] = results[0] as [DenseTensor];
+    expect(new Set(logits.data).size).toBeGreaterThan(100);
+  });
+});
+
+describe("a fusion leaves alone", () => {
+  const build = (use: (g: GraphBuilder, x: ValueId, w: (n: number) => ValueId) => void, formats: Format[] = []) => {
+    const g = new GraphBuilder({ T: 4, past: 8 });
+    let count = 0;
+    use(g, g.input("x", dense("f32", ["T", 32])), (n) =>
+      g.weight(`w${count}`, stored(formats[count++] ?? INT4, [n, 32])),
+    );
+    return fuse(g.build()).map(({ fusion, kind }) => fusion ?? kind);
+  };
+
+  test("a product that something else reads, or that is an output", () => {
+    const graph = (extra: "output" | "reader" | "none") =>
+      build((g, x, w) => {
+        const product = g.one("linear", [x, w(32)], {});
+        g.output("sum", g.one("binary", [product, x], { fn: "add" }));
+        if (extra === "output") g.output("product", product);
+        if (extra === "reader") g.output("other", g.one("unary", [product], { fn: "relu" }));
+      });
+    expect(graph("none")).toEqual(["linear+residual"]);
+    expect(graph("output")).toEqual(["linear", "elementwise"]);
+    expect(graph("reader")).toEqual(["linear", "elementwise", "elementwise"]);
+  });
+
+  test("linears of one input in different formats", () => {
+    const gated = (formats: Format[]) =>
+      build((g, x, w) => {
+        const [gate, up] = [g.one("linear", [x, w(16)], {}), g.one("linear", [x, w(16)], {})];
+        g.output("out", g.one("binary", [g.one("unary", [gate], { fn: "silu" }), up], { fn: "mul" }));
+      }, formats);
+    expect(gated([INT4, INT4])).toEqual(["gate*up"]);
+    expect(gated([INT4, FORMATS.bf16])).toEqual(["linear", "linear+activation", "elementwise"]);
+  });
+
+  test("weights whose blocks of rows cannot be laid one after another", () => {
+    const blocks = withScale(FORMATS.float8_e4m3, { block: [24, 32] });
+    const gated = build(
+      (g, x, w) => {
+        const [gate, up] = [g.one("linear", [x, w(16)], {}), g.one("linear", [x, w(16)], {})];
+        g.output("out", g.one("binary", [g.one("unary", [gate], { fn: "silu" }), up], { fn: "mul" }));
+      },
+      [blocks, blocks],
+    );
+    expect(gated).toEqual(["linear", "linear+activation", "elementwise"]);
+  });
+
+  test("a value's old content, when a group that waits for others still reads it: the update comes after", () => {
+    const g = new GraphBuilder({ T: 4, past: 8 });
+    const [x, table] = [g.input("x", dense("f32", ["T", 32])), g.weight("table", dense("f32", [8, 8]))];
+    const [cache, keys] = [g.state("cache", stored(FORMATS.f32, [2, 8, 8])), g.input("keys", dense("f32", ["T", 16]))];
+    const linear = (name: string) => g.one("linear", [x, g.weight(name, stored(INT4, [32, 32]))], {}, `${name}.out`);
+    const rope = (id: ValueId) => g.one("rope", [id, table], { heads: 4, position: "past" });
+    const attrs = { heads: 4, kvHeads: 2, scale: 1, causal: true, position: "past" };
+    // The first linear waits for the second one, which it is grouped with; the cache is read in between and then written.
+    g.output("attended", g.one("sdpa", [rope(linear("a")), cache, cache], attrs));
+    g.output("cache", g.one("kv_write", [cache, keys], { position: "past" }));
+    g.output("later", rope(linear("b")));
+    const graph = g.build();
+    const steps = fuse(graph);
+    expect(steps.map((step) => step.fusion)).toContain("qkv");
+    expect(scheduleFaults(graph, steps)).toEqual([]);
+  });
+
+  test("nothing else: every fusion of the table is met above", () => {
+    const met = new Set([decoder(), small()].flatMap((graph) => fuse(graph)).map((step) => step.fusion));
+    for (const { name } of FUSIONS) expect(met).toContain(name);
+  });
+});
+
+describe("choosing kernels", () => {
+  const never = (reason: string): Requirement => ({ unmet: () => reason });
+  const plan = (kernels: readonly KernelRow[], options?: PlanOptions) => makePlan(small(), device(kernels), options);
+
+  test("the plan of a small graph, as text", () => {
+    const short: Requirement = { unmet: ({ symbols }) => (symbols.T === 1 ? null : `T must be 1: it is ${symbols.T}`) };
+    const kernels = [
+      kernel("toy/linear/plain", "linear", 0.1),
+      kernel("toy/linear/gemv", "linear", 0.5, [short]),
+      kernel("toy/linear/matrix", "linear", 1, [never("the device has no matrix units")]),
+    ];
+    const notConsidered = [{ id: "cuda/*", reason: "not considered: the native addon is not built" }];
+    expect(explainPlan(plan(kernels, { buckets: [{ T: 1 }], notConsidered }))).toBe(
+      `bucket T <= 1: 1 steps
+linear #0  (linear+activation: linear+unary)  x f32 [T, 64], w int4_tinygemm[1x32:bf16;zfloat:bf16] [32, 64]
+  -> toy/linear/gemv               est. 9.70 us, compute-bound
+  toy/linear/matrix                no   the device has no matrix units
+  toy/linear/plain                 no   slower: estimated 44.5 us against 9.70 us
+  cuda/*                           no   not considered: the native addon is not built
+bucket T <= 16: 1 steps
+linear #0  (linear+activation: linear+unary)  x f32 [T, 64], w int4_tinygemm[1x32:bf16;zfloat:bf16] [32, 64]
+  -> toy/linear/plain              est. 697 us, compute-bound
+  toy/linear/gemv                  no   T must be 1: it is 16
+  toy/linear/matrix                no   the device has no matrix units
+  cuda/*                           no   not considered: the native addon is not built
+memory: weights 1280 B, state 0 B, activations 2048 B in 1 slots`,
+    );
+  });
+
+  test("no kernel is an error that says the step and every reason", () => {
+    const kernels = [kernel("a", "linear", 1, [never("it is Sunday")]), kernel("b", "linear", 1, [never("it rains")])];
+    const error = failure(() =>
+      plan(kernels, { notConsidered: [{ id: "cuda/*", reason: "not considered: no addon" }] }),
+    );
+    expect(error.code).toBe("plan/no-kernel");
+    for (const text of [
+      /linear #0.*w int4_tinygemm/,
+      /a +no +it is Sunday/,
+      /b +no +it rains/,
+      /cuda\/\* +no +not considered/,
+    ])
+      expect(error.message).toMatch(text);
+    expect(failure(() => plan([])).code).toBe("plan/no-kernel");
+  });
+
+  test("requirements are asked in order, up to the first that is not met; ranking never admits", () => {
+    const asked: string[] = [];
+    const ask = (name: string, answer: string | null): Requirement => ({
+      unmet: () => {
+        asked.push(name);
+        return answer;
+      },
+    });
+    const fast = kernel("fast", "linear", 100, [ask("one", null), ask("two", "no"), ask("three", null)]);
+    const { buckets } = plan([fast, kernel("slow", "linear", 0.001), kernel("other kind", "sdpa")]);
+    expect(asked).toEqual(["one", "two"]);
+    expect(buckets[0]?.choices[0]?.explanation).toMatchObject({
+      kernel: "slow",
+      rejected: [{ id: "fast", reason: "no" }],
+    });
+  });
+
+  test("an activation larger than the device's buffers is plan/memory", () => {
+    const error = failure(() => makePlan(small(), device([kernel("a", "linear")], 2047)));
+    expect(error).toMatchObject({ code: "plan/memory", context: { needed: 2048, limit: 2047 } });
+  });
+
+  test("a run takes the first bucket that holds its symbols; outside the largest it is refused", () => {
+    const built = plan([kernel("a", "linear")], { buckets: [{ T: 1 }, { T: 4 }] });
+    const bucket = (T: number) => bucketFor(built, { T });
+    expect([0, 1, 2, 4, 5, 16].map(bucket)).toEqual([0, 0, 1, 1, 2, 2]);
+    for (const T of [17, -1, 1.5, Number.NaN]) {
+      expect(failure(() => bucket(T))).toMatchObject({
+        code: "argument/invalid",
+        context: { name: "symbol T", value: T },
+      });
+    }
+    expect(failure(() => bucketFor(built, {}))).toMatchObject({ code: "argument/invalid" });
+  });
+});
