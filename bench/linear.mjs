@@ -26,7 +26,9 @@ const { values: args } = parseArgs({
 const device = await open({ tier: args.tier });
 const commit = (() => {
   try {
-    return execSync("git rev-parse --short HEAD", { stdio: ["ignore", "pipe", "ignore"] }).toString().trim();
+    return execSync("git rev-parse --short HEAD", { stdio: ["ignore", "pipe", "ignore"] })
+      .toString()
+      .trim();
   } catch {
     return process.env.FEWBIT_COMMIT ?? "unknown";
   }
@@ -49,7 +51,7 @@ for (const name of args.formats.split(",")) {
       const tile = quantizeTensor(normal(64 * k), [64, k], "f32", weight);
       const tensor = concatRows(Array.from({ length: n / 64 }, () => tile));
       const bytes = storedLayout(tensor.format, [n, k]).bytes;
-      const copies = Math.min(16, Math.max(2, Math.ceil(128 * 2 ** 20 / bytes)));
+      const copies = Math.min(16, Math.max(2, Math.ceil((128 * 2 ** 20) / bytes)));
       const g = new GraphBuilder({ T: rows });
       const x = g.input("x", dense("f32", ["T", k]));
       const input = config?.activation ? g.one("quantize", [x], { format: config.activation }) : x;
@@ -81,11 +83,26 @@ for (const name of args.formats.split(",")) {
       const kernel = program.plan.buckets[0].choices.at(-1).kernel.id;
       const median = at(0.5);
       const row = {
-        name, n, k, rows, kernel, bytes, copies, device: device.info.name, commit, date: new Date().toISOString().slice(0, 10),
-        samples: samples.length, median_us: median, p10_us: at(0.1), p90_us: at(0.9),
-        gb_per_s: bytes / median / 1e3, tflop_per_s: (2 * rows * n * k) / median / 1e6,
+        name,
+        n,
+        k,
+        rows,
+        kernel,
+        bytes,
+        copies,
+        device: device.info.name,
+        commit,
+        date: new Date().toISOString().slice(0, 10),
+        samples: samples.length,
+        median_us: median,
+        p10_us: at(0.1),
+        p90_us: at(0.9),
+        gb_per_s: bytes / median / 1e3,
+        tflop_per_s: (2 * rows * n * k) / median / 1e6,
       };
-      console.log(`${name.padEnd(13)} ${shape.padEnd(12)} M=${String(rows).padEnd(5)} ${kernel.padEnd(32)} ${median.toFixed(1).padStart(9)} us  [${at(0.1).toFixed(1)}, ${at(0.9).toFixed(1)}]  ${row.gb_per_s.toFixed(0).padStart(5)} GB/s  ${row.tflop_per_s.toFixed(2).padStart(7)} TFLOP/s`);
+      console.log(
+        `${name.padEnd(13)} ${shape.padEnd(12)} M=${String(rows).padEnd(5)} ${kernel.padEnd(32)} ${median.toFixed(1).padStart(9)} us  [${at(0.1).toFixed(1)}, ${at(0.9).toFixed(1)}]  ${row.gb_per_s.toFixed(0).padStart(5)} GB/s  ${row.tflop_per_s.toFixed(2).padStart(7)} TFLOP/s`,
+      );
       console.error(JSON.stringify(row));
       program[Symbol.dispose]();
     }

@@ -13,6 +13,8 @@ export interface Capabilities {
   readonly maxInvocations: number;
   readonly maxWorkgroupsPerDimension: number;
   readonly maxStorageBuffers: number;
+  /** Bytes that everything on the device may take together, where that is known. */
+  readonly memory?: number;
   /** The sizes a subgroup may have; [0, 0] without subgroups. */
   readonly subgroupSize: readonly [min: number, max: number];
   /** Figures the roofline ranks with: bytes/s, f32 operations/s, seconds per dependent dispatch. */

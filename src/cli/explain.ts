@@ -1,5 +1,6 @@
 import { Command } from "commander";
-import { examples, integer, type ModelOptions, openDevice, withModel } from "./options.js";
+import { explainConfig } from "./explain-config.js";
+import { decimal, examples, integer, type ModelOptions, openDevice, withModel } from "./options.js";
 import { bundledModel, shortPath } from "./package.js";
 import { describeDevice, describeModel, deviceRows, modelRows } from "./report.js";
 import { load } from "./run.js";
@@ -7,6 +8,9 @@ import { type Cli, printJson, table } from "./terminal.js";
 
 interface ExplainOptions extends ModelOptions {
   readonly tokens: number;
+  readonly modelConfig?: string;
+  readonly memory?: number;
+  readonly maxBinding?: number;
 }
 
 export function explainCommand(cli: Cli): Command {
@@ -16,16 +20,32 @@ export function explainCommand(cli: Cli): Command {
       "Plans a model for the device and prints every step: its kernel, the estimate behind the choice, and the reason against each other kernel. Once for single tokens, once for prompts.",
     )
     .option("--tokens <n>", "prompt tokens of one run that the plan is made for", integer("--tokens", 1), 128)
+    .option("--model-config <file>", "plan from a config.json alone, without weights and without a GPU")
+    .option(
+      "--memory <GB>",
+      "with --model-config: what the device holds in all",
+      decimal("--memory", (gb) => gb > 0, "a positive number"),
+    )
+    .option(
+      "--max-binding <MB>",
+      "with --model-config: its largest buffer (default 2147)",
+      decimal("--max-binding", (mb) => mb > 0, "a positive number"),
+    )
     .option("--json", "one JSON object on stdout")
     .addHelpText(
       "after",
       examples(
         ["fewbit explain", "the bundled model, 4 bits a weight"],
         ["fewbit explain --quantize int8dq --tokens 512", "another format, longer prompts"],
+        ["fewbit explain --model-config config.json --context 131072 --kv int8", "bytes by kind, without a GPU"],
         ["fewbit explain --json | jq '.plan.buckets[0].steps[].kernel'", "the kernels of one token"],
       ),
     )
-    .action((folder: string | undefined, options: ExplainOptions) => explain(cli, folder, options));
+    .action((folder: string | undefined, options: ExplainOptions) =>
+      options.modelConfig === undefined
+        ? explain(cli, folder, options)
+        : explainConfig(cli, options.modelConfig, options),
+    );
 }
 
 async function explain(cli: Cli, folder: string | undefined, options: ExplainOptions): Promise<void> {

@@ -1,5 +1,7 @@
 import { type Command, Option } from "commander";
 import { FewbitError, nearestNames } from "../core/errors.js";
+import { type AttentionMode, attentionMode } from "../models/attention.js";
+import { KV_FORMATS, kvFormat } from "../models/kvcache.js";
 import { listQuantizeNames, parseQuantizeName } from "../quantize/names.js";
 import { type BackendName, type Device, open } from "../runtime/device.js";
 
@@ -15,6 +17,8 @@ export interface ModelOptions {
   readonly quantize: string;
   readonly backend: string;
   readonly context?: number;
+  readonly kv: string;
+  readonly attention: AttentionMode;
 }
 
 /** A parser for an integer option. Throws `argument/invalid`. */
@@ -59,7 +63,7 @@ export function backendOption(): Option {
     });
 }
 
-/** Adds the model folder, `--quantize`, `--backend` and `--context`. */
+/** Adds the model folder, `--quantize`, `--backend`, `--context`, `--kv` and `--attention`. */
 export function withModel(command: Command): Command {
   return command
     .argument("[MODEL_DIR]", "a Hugging Face model folder (default: the bundled fewbit-tiny)")
@@ -73,6 +77,22 @@ export function withModel(command: Command): Command {
       "--context <n>",
       "tokens that prompt and answer may have together (default: the model's)",
       integer("--context", 1),
+    )
+    .addOption(
+      new Option(
+        "--kv <format>",
+        `how cached keys and values are stored: ${Object.keys(KV_FORMATS).join(", ")} (none: f32)`,
+      )
+        .default("none")
+        .argParser((name) => {
+          kvFormat(name);
+          return name;
+        }),
+    )
+    .addOption(
+      new Option("--attention <mode>", "auto: as the cache is stored; float8: e4m3 queries, cache and probabilities")
+        .default("auto")
+        .argParser(attentionMode),
     );
 }
 

@@ -115,6 +115,8 @@ export async function load(
     return await loadModel(path, {
       device,
       quantize: options.quantize,
+      kv: options.kv,
+      attention: options.attention,
       signal: cli.signal,
       ...(options.context === undefined ? {} : { context: options.context }),
       ...(options.prefillChunk === undefined ? {} : { prefillChunk: options.prefillChunk }),

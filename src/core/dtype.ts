@@ -35,7 +35,11 @@ export function allocate<D extends DType>(dtype: D, length: number): ArrayOf[D] 
 export function viewAs<D extends DType>(dtype: D, bytes: Uint8Array): ArrayOf[D] {
   const size = BYTES[dtype];
   const aligned = bytes.byteOffset % size === 0 ? bytes : bytes.slice();
-  return new CONSTRUCTORS[dtype](aligned.buffer as ArrayBuffer, aligned.byteOffset, aligned.byteLength / size) as ArrayOf[D];
+  return new CONSTRUCTORS[dtype](
+    aligned.buffer as ArrayBuffer,
+    aligned.byteOffset,
+    aligned.byteLength / size,
+  ) as ArrayOf[D];
 }
 
 const floatView = new Float32Array(1);
@@ -111,9 +115,12 @@ export function roundTo(dtype: FloatType, value: number): number {
 export function toFloat32(dtype: DType, data: TypedArray): Float32Array {
   if (dtype === "f32") return data as Float32Array;
   const out = new Float32Array(data.length);
-  if (dtype === "bf16") new Uint32Array(out.buffer).forEach((_, i, bits) => void (bits[i] = (data[i] as number) << 16));
-  else if (dtype === "f16") for (let i = 0; i < out.length; i++) out[i] = f16BitsToF32(data[i] as number);
-  else out.set(data);
+  if (dtype === "bf16") {
+    const bits = new Uint32Array(out.buffer);
+    for (let i = 0; i < bits.length; i++) bits[i] = (data[i] as number) << 16;
+  } else if (dtype === "f16") {
+    for (let i = 0; i < out.length; i++) out[i] = f16BitsToF32(data[i] as number);
+  } else out.set(data);
   return out;
 }
 

@@ -13,7 +13,8 @@ const MESSAGES = {
     `${c.what} has shape [${c.got.join(", ")}]: expected ${c.expected}`,
   "dtype/mismatch": (c: { what: string; got: string; expected: string }) =>
     `${c.what} has dtype ${c.got}: expected ${c.expected}`,
-  "format/invalid-row": (c: { format: string; reason: string }) => `format row ${c.format} is inconsistent: ${c.reason}`,
+  "format/invalid-row": (c: { format: string; reason: string }) =>
+    `format row ${c.format} is inconsistent: ${c.reason}`,
   "format/block": (c: { format: string; size: number; block: number; axis: string; nearest: number }) =>
     `${c.format}: ${c.axis} = ${c.size} is not a multiple of its block ${c.block}; nearest legal ${c.axis} is ${c.nearest}`,
   "quantize/unsupported": (c: { config: string; reason: string }) => `${c.config}: ${c.reason}`,
@@ -25,7 +26,8 @@ const MESSAGES = {
     `${c.what} needs ${c.needed} bytes, the device allows ${c.limit}`,
   "device/unavailable": (c: { backend: string; reason: string }) => `no ${c.backend} device: ${c.reason}`,
   "device/lost": (c: { reason: string }) => `the device was lost: ${c.reason}`,
-  "device/error": (c: { operation: string; reason: string }) => `the device reported an error in ${c.operation}: ${c.reason}`,
+  "device/error": (c: { operation: string; reason: string }) =>
+    `the device reported an error in ${c.operation}: ${c.reason}`,
   "shader/compile": (c: { kernel: string; messages: string }) => `WGSL of ${c.kernel} does not compile:\n${c.messages}`,
   "io/not-found": (c: { path: string; reason: string }) => `cannot read ${c.path}: ${c.reason}`,
   "io/failed": (c: { path: string; reason: string }) => `${c.path}: ${c.reason}`,

@@ -3,7 +3,9 @@ import { type Codec, codecBits, type Format } from "./format.js";
 import { packFlat, packRows } from "./pack.js";
 import { checkTensor, type QuantizedTensor } from "./tensor.js";
 
-/** Codes of a tensor before they are packed: what files of other libraries hold. Only the low bits of each number count. */
+/**
+ * Codes of a tensor before they are packed: what files of other libraries hold. Only the low bits of each number count.
+ */
 export interface TensorCodes {
   /** Element codes [n / v0, k / v1], row-major. */
   readonly elements: ArrayLike<number>;
@@ -14,7 +16,9 @@ export interface TensorCodes {
   readonly table?: Float32Array;
 }
 
-/** Packs codes into a tensor of `format` [n, k]. Throws `shape/mismatch` when their counts are not those of the format. */
+/**
+ * Packs codes into a tensor of `format` [n, k]. Throws `shape/mismatch` when their counts are not those of the format.
+ */
 export function assembleTensor(
   format: Format,
   shape: readonly [n: number, k: number],

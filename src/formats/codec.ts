@@ -42,9 +42,9 @@ export function decode(codec: Codec, code: number): number {
 }
 
 /**
- * The code nearest to the float32 `value`, ties to the even code, the sign of zero kept. Overflow and NaN as the codec's
- * `specials` say: `ieee` overflows to infinity, the others saturate; a codec without NaN turns NaN into its largest code.
- * Integers clamp, and NaN becomes 0. Lookup tables take the nearest entry, the first one on ties.
+ * The code nearest to the float32 `value`, ties to the even code, the sign of zero kept. Overflow and NaN as the
+ * codec's `specials` say: `ieee` overflows to infinity, the others saturate; a codec without NaN turns NaN into its
+ * largest code. Integers clamp, and NaN becomes 0. Lookup tables take the nearest entry, the first one on ties.
  */
 export function encode(codec: Codec, value: number): number {
   return encoder(codec)(value);

@@ -2,11 +2,12 @@ import { FewbitError } from "../core/errors.js";
 
 /**
  * What the bits of one stored number mean.
- * - `float`: sign, exponent and mantissa fields. `specials` says what the top exponent holds: `ieee` infinity and NaN (and
- *   overflow goes to infinity), `nan` only the all-ones code is NaN (e4m3fn; overflow saturates), `none` (all finite; saturates).
+ * - `float`: sign, exponent and mantissa fields. `specials` says what the top exponent holds: `ieee` infinity and NaN
+ *   (and overflow goes to infinity), `nan` only the all-ones code is NaN (e4m3fn; overflow saturates), `none` nothing
+ *   special (all finite; overflow saturates).
  * - `exponent`: a bare power of two, 2^(code - bias), all ones is NaN (e8m0).
  * - `int`: two's complement or unsigned.
- * - `lut`: an index into a table; `vector` is the [rows, k] patch of elements one entry holds ([1, 1] for a scalar table).
+ * - `lut`: an index into a table; `vector` is the [rows, k] patch of elements one entry holds ([1, 1]: a scalar table).
  *   Source: numerics specification, section 2; OCP Microscaling Formats v1.0.
  */
 export type Codec =
@@ -31,7 +32,9 @@ export type Codec =
 export type Extent = number | "all";
 export type Block = readonly [rows: Extent, k: Extent];
 
-/** One level of scales. An element's scale is the product over the levels of the scale of its block, rounded to float32. */
+/**
+ * One level of scales. An element's scale is the product over the levels of the scale of its block, rounded to float32.
+ */
 export interface ScaleLevel {
   readonly codec: Codec;
   readonly block: Block;
@@ -51,7 +54,10 @@ export type ZeroPoint = { readonly domain: "none" } | { readonly domain: "int" |
 export type Rule =
   /** No scale: each value is rounded to the element codec. */
   | { readonly kind: "cast" }
-  /** 3.2 and 3.3 (domain int), 3.5 (float: tinygemm), 3.7 (none). eps "normal" is the input dtype's smallest normal number. */
+  /**
+   * 3.2 and 3.3 (domain int), 3.5 (float: tinygemm), 3.7 (none). eps "normal" is the input dtype's smallest normal
+   * number.
+   */
   | {
       readonly kind: "affine";
       readonly mapping: "symmetric" | "symmetric_no_clipping_err" | "asymmetric";
@@ -62,9 +68,9 @@ export type Rule =
       readonly preserveZero?: boolean;
     }
   /**
-   * 5.1: scale = amax / max, encode x / scale. amax is first clamped to [floor, ceiling].
-   * `before` rounds the scale (and the bounds) to the input's dtype and encodes with that: 5.1. `after` keeps float32 and
-   * rounds only what is stored: 5.2 (MSLK, floor 1/512), 11 (fpx, floor 1e-12). `power` makes it the power of two nearest in log2.
+   * 5.1: scale = amax / max, encode x / scale. amax is first clamped to [floor, ceiling]. `before` rounds the scale
+   * (and the bounds) to the input's dtype and encodes with that: 5.1. `after` keeps float32 and rounds only what is
+   * stored: 5.2 (MSLK, floor 1/512), 11 (fpx, floor 1e-12). `power` makes it the power of two nearest in log2.
    */
   | {
       readonly kind: "amax";
@@ -74,8 +80,8 @@ export type Rule =
       readonly power?: boolean;
     }
   /**
-   * 7.1 (float zero point) and 7.5 (symmetric, amax / 8): MSLK int4, all in float32. With a second scale level, every row of
-   * it is first rounded to the first level's codec by 5.2 (7.5, preshuffled).
+   * 7.1 (float zero point) and 7.5 (symmetric, amax / 8): MSLK int4, all in float32. With a second scale level, every
+   * row of it is first rounded to the first level's codec by 5.2 (7.5, preshuffled).
    */
   | { readonly kind: "mslk_int4"; readonly symmetric: boolean }
   /** 12.2. */
@@ -84,7 +90,9 @@ export type Rule =
   | { readonly kind: "nvfp4"; readonly variant: "divide" | "multiply" }
   /** 15: nearest table entry of x / absmax; the absmax values are themselves quantized, `scalers` at a time. */
   | { readonly kind: "nf4"; readonly scalers: number }
-  /** 8: half-quadratic search for scale and zero point; zero domain `float` is the tinygemm form, `int` the raw form. */
+  /**
+   * 8: half-quadratic search for scale and zero point; zero domain `float` is the tinygemm form, `int` the raw form.
+   */
   | { readonly kind: "hqq" }
   /** 8: least-squares search for the scale alone, codes in [min, max]. */
   | { readonly kind: "hqq_scale"; readonly min: number; readonly max: number }
@@ -93,7 +101,9 @@ export type Rule =
   /** 16: k-means, at most so many iterations. */
   | { readonly kind: "codebook"; readonly iterations: number };
 
-/** What stored bits mean: an element codec, its scales, its zero point, and the rule that makes them from real numbers. */
+/**
+ * What stored bits mean: an element codec, its scales, its zero point, and the rule that makes them from real numbers.
+ */
 export interface Format {
   /** The row's name in the format table. */
   readonly name: string;
@@ -103,6 +113,8 @@ export interface Format {
   readonly rule: Rule;
   /** Where the format is defined. */
   readonly source: string;
+  /** When to use it, one sentence; every row of the table has it. */
+  readonly use?: string;
   /** The other blocks of the first scale level that the format is used with. */
   readonly blocks: readonly Block[];
   /** Set by `withRule`: tells apart formats that mean the same and are made differently. */
@@ -124,7 +136,10 @@ export function midCode(codec: Codec): number {
   return codec.kind === "int" && !codec.signed ? 2 ** (codec.bits - 1) : 0;
 }
 
-/** A short text that tells apart any two formats that mean different things or are made differently; used as cache key and in explanations. */
+/**
+ * A short text that tells apart any two formats that mean different things or are made differently; used as cache key
+ * and in explanations.
+ */
 export function formatKey(format: Format): string {
   const levels = format.scales.map((level) => `${level.block.join("x")}:${codecName(level.codec)}`);
   const zero = format.zero.domain === "none" ? [] : [`z${format.zero.domain}:${codecName(format.zero.codec)}`];
@@ -169,7 +184,9 @@ export function bitsPerElement(format: Format, shape: readonly [rows: number, k:
   return bits / total;
 }
 
-/** The same format with another block or codec of its first scale level (and, with `zero`, another zero-point codec). */
+/**
+ * The same format with another block or codec of its first scale level (and, with `zero`, another zero-point codec).
+ */
 export function withScale(format: Format, change: { block?: Block; codec?: Codec; zero?: Codec }): Format {
   const [first, ...rest] = format.scales;
   if (first === undefined) return format;
@@ -179,7 +196,10 @@ export function withScale(format: Format, change: { block?: Block; codec?: Codec
   return checked({ ...format, scales, zero });
 }
 
-/** The same row made by another rule (and perhaps with another zero point or table); `variant` says how, for `formatKey`. */
+/**
+ * The same row made by another rule (and perhaps with another zero point or table); `variant` says how, for
+ * `formatKey`.
+ */
 export function withRule(
   format: Format,
   variant: string,

@@ -2,11 +2,14 @@ import { FewbitError } from "../core/errors.js";
 import { roundUp } from "../core/shape.js";
 
 /*
- * Byte layouts of other libraries' files and kernels. fewbit stores codes in one way (pack.ts); these functions translate at the
- * border. Codes come and go as unsigned numbers, one per array element. Every pack function has its inverse beside it.
+ * Byte layouts of other libraries' files and kernels. fewbit stores codes in one way (pack.ts); these functions translate
+ * at the border. Codes come and go as unsigned numbers, one per array element. Every pack function has its inverse beside it.
  */
 
-/** Which element of a pair lies in the low nibble: `first` for plain int4, MX fp4, NVFP4; `second` for tinygemm input, NF4, optimizers (26). */
+/**
+ * Which element of a pair lies in the low nibble: `first` for plain int4, MX fp4, NVFP4; `second` for tinygemm input,
+ * NF4, optimizers (26).
+ */
 export type NibbleOrder = "first" | "second";
 
 /** Two 4-bit codes per byte; `codes` has an even length. */
@@ -59,8 +62,8 @@ function tilePosition(word: number, p: number, k: number): number {
 }
 
 /**
- * tinygemm's tile_packed_to_4d order (7.2): uint4 codes [n, k] to int32 words [n / 8, k / 128, 32, 4]. n must be a multiple of 8
- * and k of 128; torchao pads k to 1024 first (`padCodes`).
+ * tinygemm's tile_packed_to_4d order (7.2): uint4 codes [n, k] to int32 words [n / 8, k / 128, 32, 4]. n must be a
+ * multiple of 8 and k of 128; torchao pads k to 1024 first (`padCodes`).
  */
 export function packTiles4d(codes: ArrayLike<number>, n: number, k: number): Int32Array {
   requireMultiple("tile_packed_to_4d", "N", n, 8);
@@ -113,7 +116,10 @@ export function blockedOffset(r: number, c: number, columns: number): number {
   return tile * 512 + (r % 32) * 16 + Math.floor((r % 128) / 32) * 4 + (c % 4);
 }
 
-/** Scale bytes [rows, columns] in the layout of cuBLAS and tcgen05 (14), zero padded to [roundUp(rows, 128), roundUp(columns, 4)]. */
+/**
+ * Scale bytes [rows, columns] in the layout of cuBLAS and tcgen05 (14), zero padded to [roundUp(rows, 128),
+ * roundUp(columns, 4)].
+ */
 export function toBlocked(scales: ArrayLike<number>, rows: number, columns: number): Uint8Array {
   const out = new Uint8Array(roundUp(rows, 128) * roundUp(columns, 4));
   for (let r = 0; r < rows; r++) {
@@ -142,8 +148,9 @@ function shardsOf(bits: number): [width: number, shift: number][] {
 }
 
 /**
- * UintxTensor's shards (10.2): codes [rows, k] of 1 to 7 bits, k a multiple of 8, cut into fields of 4, 2 and 1 bits. A shard of
- * width w is [rows, k * w / 8]: byte i of a row holds the fields of codes i, i + L, i + 2 L, ... with L = k * w / 8.
+ * UintxTensor's shards (10.2): codes [rows, k] of 1 to 7 bits, k a multiple of 8, cut into fields of 4, 2 and 1 bits. A
+ * shard of width w is [rows, k * w / 8]: byte i of a row holds the fields of codes i, i + L, i + 2 L, ... with L = k *
+ * w / 8.
  */
 export function packShards(codes: ArrayLike<number>, rows: number, k: number, bits: number): Uint8Array[] {
   requireMultiple(`uint${bits} shards`, "K", k, 8);
@@ -178,8 +185,8 @@ export function unpackShards(shards: readonly ArrayLike<number>[], rows: number,
 }
 
 /**
- * gemlite's packing (10.1): uint4 codes [n, k] to words of `width` bits, [k / (width / 4), n], least significant nibble first
- * along k.
+ * gemlite's packing (10.1): uint4 codes [n, k] to words of `width` bits, [k / (width / 4), n], least significant nibble
+ * first along k.
  */
 export function packGemlite(codes: ArrayLike<number>, n: number, k: number, width: 8 | 16 | 32): Uint32Array {
   const each = width / 4;
@@ -239,7 +246,8 @@ function fragmentOrder(n: number, k: number, width: number): Int32Array {
       }
     }
   }
-  // The second pass moves words of four bytes from lane-major to word-major order, then interleaves the fields of each word.
+  // The second pass moves words of four bytes from lane-major to word-major order, then interleaves the fields of each
+  // word.
   const perWord = 32 / width;
   const words = total / perWord;
   const order = new Int32Array(total);
@@ -256,8 +264,9 @@ function fragmentOrder(n: number, k: number, width: number): Int32Array {
 }
 
 /**
- * FP6-LLM's tensor-core order (11): codes [n, k] of 1 to 7 bits, n and k multiples of 64, split from the top into fragments of 1, 2
- * and 4 bits; the bytes of the whole matrix's narrowest fragment come first. Returns n * k * bits / 8 bytes.
+ * FP6-LLM's tensor-core order (11): codes [n, k] of 1 to 7 bits, n and k multiples of 64, split from the top into
+ * fragments of 1, 2 and 4 bits; the bytes of the whole matrix's narrowest fragment come first. Returns n * k * bits / 8
+ * bytes.
  */
 export function packFpx(codes: ArrayLike<number>, n: number, k: number, bits: number): Uint8Array {
   const bytes = new Uint8Array((n * k * bits) / 8);

@@ -34,7 +34,9 @@ export function writeCode(words: Uint32Array, base: number, index: number, bits:
   if (offset + bits > 32) words[word + 1] = (words[word + 1] as number) | (code >>> (32 - offset));
 }
 
-/** Packs one row of codes (only their low `bits` bits count) from word `base` on; the words it lands on are overwritten. */
+/**
+ * Packs one row of codes (only their low `bits` bits count) from word `base` on; the words it lands on are overwritten.
+ */
 export function packRow(words: Uint32Array, base: number, codes: ArrayLike<number>, count: number, bits: number): void {
   const mask = bits === 32 ? -1 : 2 ** bits - 1;
   let word = base;

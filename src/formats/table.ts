@@ -45,19 +45,22 @@ const affine = (
   return { kind: "affine", mapping, min, max: min + 2 ** codec.bits - 1, eps };
 };
 
-const unscaled = (codec: Codec, source: string) => ({ element: codec, rule: { kind: "cast" }, source }) as const;
-const float8 = (codec: Codec) => ({
+const unscaled = (codec: Codec, source: string, use: string) =>
+  ({ element: codec, rule: { kind: "cast" }, source, use }) as const;
+const float8 = (codec: Codec, use: string) => ({
   element: codec,
   scales: [{ codec: CODECS.f32, block: ROW }],
   rule: { kind: "amax", floor: 0, round: "before" } as const,
   blocks: [ROW, TENSOR, [1, 128] as const, [128, 128] as const, ...groups(32)],
   source: "OCP 8-bit floating point (OFP8); specification 5",
+  use,
 });
-const mx = (codec: Codec) => ({
+const mx = (codec: Codec, use: string) => ({
   element: codec,
   scales: [{ codec: CODECS.e8m0, block: [1, 32] as const }],
   rule: { kind: "mx", mode: "rceil" } as const,
   source: "OCP Microscaling Formats v1.0; specification 12",
+  use,
 });
 const intx = (bits: number) => ({
   element: int(bits),
@@ -65,12 +68,14 @@ const intx = (bits: number) => ({
   rule: affine({ bits, signed: true }, "symmetric"),
   blocks: [ROW, ...GROUPS],
   source: "specification 9",
+  use: `Weights whose groups are centred on zero, at ${bits} bits; a row is quantized in groups when its channels differ.`,
 });
 // One signed bit has only the codes -1 and 0: symmetric rules cannot use them (specification 3.2), asymmetric can.
 const intxAsymmetric = (bits: number) => ({
   ...intx(bits),
   zero: { domain: "int", codec: CODECS.int8 } as const,
   rule: affine({ bits, signed: true }, "asymmetric"),
+  use: `Weights whose groups are not centred on zero, at ${bits} bit${bits === 1 ? "" : "s"}: every code lies inside the group's range.`,
 });
 const uintx = (bits: number) => ({
   element: uint(bits),
@@ -79,19 +84,22 @@ const uintx = (bits: number) => ({
   rule: affine({ bits, signed: false }, "asymmetric"),
   blocks: [ROW, ...GROUPS],
   source: "specification 10",
+  use: `Groupwise weights with unsigned ${bits}-bit codes, for kernels that unpack those.`,
 });
-const fpx = (codec: Codec) => ({
+const fpx = (codec: Codec, use: string) => ({
   element: codec,
   scales: [{ codec: CODECS.bf16, block: ROW }],
   rule: { kind: "amax", floor: 1e-12, round: "after" } as const,
   source: "Xia et al., FP6-LLM (2024); specification 11",
+  use,
 });
-const codebook = (bits: number, vector: readonly [number, number]) => ({
+const codebook = (bits: number, vector: readonly [number, number], use: string) => ({
   element: { kind: "lut", bits, entries: "learned", vector } as const,
   scales: [{ codec: CODECS.f32, block: ROW }],
   rule: { kind: "codebook", iterations: 200 } as const,
   blocks: [ROW, ...groups(32, 64)],
   source: "specification 16",
+  use,
 });
 
 /**
@@ -99,12 +107,27 @@ const codebook = (bits: number, vector: readonly [number, number]) => ({
  * matrix and the README's support table; nothing else is edited to add one.
  */
 const ROWS = {
-  f32: unscaled(CODECS.f32, "IEEE 754 binary32"),
-  f16: unscaled(CODECS.f16, "IEEE 754 binary16"),
-  bf16: unscaled(CODECS.bf16, "bfloat16"),
+  f32: unscaled(
+    CODECS.f32,
+    "IEEE 754 binary32",
+    "The exact values: references, small tensors, and what everything else is compared with.",
+  ),
+  f16: unscaled(
+    CODECS.f16,
+    "IEEE 754 binary16",
+    "Weights and caches at half the size, where no magnitude exceeds 65504.",
+  ),
+  bf16: unscaled(
+    CODECS.bf16,
+    "bfloat16",
+    "Checkpoints as they are published: float32's range at half the size, 8 significant bits.",
+  ),
 
-  float8_e4m3: float8(CODECS.e4m3),
-  float8_e5m2: float8(CODECS.e5m2),
+  float8_e4m3: float8(
+    CODECS.e4m3,
+    "Weights and activations at 8 bits on hardware with float8 matrix units; little loss, no calibration.",
+  ),
+  float8_e5m2: float8(CODECS.e5m2, "Gradients and caches whose range matters more than their precision."),
 
   int8: {
     element: CODECS.int8,
@@ -112,6 +135,7 @@ const ROWS = {
     rule: affine({ bits: 8, signed: true }, "symmetric", EPS_F32),
     blocks: [ROW, TENSOR, ...GROUPS],
     source: "specification 6",
+    use: "Weights and activations for exact integer matrix products; the safest integer format.",
   },
   int8_asymmetric: {
     element: CODECS.int8,
@@ -120,6 +144,7 @@ const ROWS = {
     rule: affine({ bits: 8, signed: true }, "asymmetric", EPS_F32),
     blocks: [ROW, TENSOR],
     source: "specification 6.3",
+    use: "Activations that lie mostly on one side of zero, one scale and zero point per token.",
   },
 
   int4_tinygemm: {
@@ -129,6 +154,7 @@ const ROWS = {
     rule: affine({ bits: 4, signed: false }, "asymmetric"),
     blocks: GROUPS,
     source: "specification 3.5 and 7.2",
+    use: "4-bit weights of tinygemm checkpoints (tile-packed), the zero point in the units of the weights.",
   },
   int4_plain: {
     element: int(4),
@@ -137,6 +163,7 @@ const ROWS = {
     rule: { kind: "mslk_int4", symmetric: false },
     blocks: GROUPS,
     source: "specification 7.1",
+    use: "4-bit weights of torchao's default int4 configuration; the place to start for language models.",
   },
   int4_symmetric: {
     element: int(4),
@@ -144,6 +171,7 @@ const ROWS = {
     rule: { kind: "mslk_int4", symmetric: true },
     blocks: GROUPS,
     source: "specification 7.5",
+    use: "4-bit weights beside float8 activations, no zero point to subtract.",
   },
   int4_preshuffled: {
     element: int(4),
@@ -154,6 +182,7 @@ const ROWS = {
     rule: { kind: "mslk_int4", symmetric: true },
     blocks: GROUPS,
     source: "specification 7.5, preshuffled",
+    use: "4-bit weights beside float8 activations with one-byte group scales: float8 kernels need no other type.",
   },
   int4_int_zero: {
     element: uint(4),
@@ -162,6 +191,7 @@ const ROWS = {
     rule: affine({ bits: 4, signed: false }, "asymmetric", 1e-6),
     blocks: GROUPS,
     source: "specification 7.4",
+    use: "4-bit weights with an integer zero point: exact integer products, and zero is exactly a code.",
   },
   int4_hqq: {
     element: uint(4),
@@ -170,6 +200,7 @@ const ROWS = {
     rule: { kind: "hqq" },
     blocks: GROUPS,
     source: "Badri and Shaji, Half-Quadratic Quantization (2023); specification 8 and 10.1",
+    use: "4-bit weights where a search over the zero point is worth the time: better than rounding, without data.",
   },
 
   int4_sinq: {
@@ -181,6 +212,7 @@ const ROWS = {
     rule: { kind: "sinq", min: -8, max: 7, iterations: 20 },
     blocks: GROUPS,
     source: "specification 8, SINQ",
+    use: "4-bit weights with outliers in few columns: scales per column take them out of the groups.",
   },
 
   int1: intxAsymmetric(1),
@@ -208,17 +240,20 @@ const ROWS = {
   uint7: uintx(7),
   uint8: uintx(8),
 
-  fp6_e3m2: fpx(CODECS.e3m2),
-  fp6_e2m3: fpx(CODECS.e2m3),
-  fp5_e2m2: fpx(float(2, 2, "none")),
-  fp5_e3m1: fpx(float(3, 1, "none")),
-  fp4_e2m1: fpx(CODECS.e2m1),
+  fp6_e3m2: fpx(CODECS.e3m2, "Weights at 6 bits, nearly the quality of 8; the wider range of the two 6-bit floats."),
+  fp6_e2m3: fpx(CODECS.e2m3, "Weights at 6 bits with few outliers; the finer of the two 6-bit floats."),
+  fp5_e2m2: fpx(float(2, 2, "none"), "Weights at 5 bits, between fp6 and int4; the finer one."),
+  fp5_e3m1: fpx(float(3, 1, "none"), "Weights at 5 bits, between fp6 and int4; the wider one."),
+  fp4_e2m1: fpx(CODECS.e2m1, "Weights at 4 bits with one scale per row: a baseline for the block formats."),
 
-  mxfp8_e4m3: mx(CODECS.e4m3),
-  mxfp8_e5m2: mx(CODECS.e5m2),
-  mxfp6_e3m2: mx(CODECS.e3m2),
-  mxfp6_e2m3: mx(CODECS.e2m3),
-  mxfp4: mx(CODECS.e2m1),
+  mxfp8_e4m3: mx(
+    CODECS.e4m3,
+    "Weights and activations at 8 bits with a power-of-two scale per 32; outliers cost only their block.",
+  ),
+  mxfp8_e5m2: mx(CODECS.e5m2, "As mxfp8_e4m3 for values with a very wide range, such as gradients."),
+  mxfp6_e3m2: mx(CODECS.e3m2, "Weights at 6.25 bits per element, the wider 6-bit float."),
+  mxfp6_e2m3: mx(CODECS.e2m3, "Weights at 6.25 bits per element, the finer 6-bit float."),
+  mxfp4: mx(CODECS.e2m1, "Weights and activations at 4.25 bits, the format of models that are published in MXFP4."),
 
   nvfp4: {
     element: CODECS.e2m1,
@@ -228,12 +263,14 @@ const ROWS = {
     ],
     rule: { kind: "nvfp4", variant: "divide" },
     source: "NVIDIA NVFP4; specification 13",
+    use: "Weights and activations at 4.5 bits: finer blocks and scales than mxfp4, and so the better 4-bit float.",
   },
   nvfp4_single: {
     element: CODECS.e2m1,
     scales: [{ codec: CODECS.e4m3, block: [1, 16] }],
     rule: { kind: "nvfp4", variant: "divide" },
     source: "specification 13.1, single level",
+    use: "As nvfp4 without a scale for the tensor: when it is not known before the first block is written.",
   },
 
   nf4: {
@@ -242,12 +279,13 @@ const ROWS = {
     rule: { kind: "nf4", scalers: 256 },
     blocks: groups(32, 64),
     source: "Dettmers et al., QLoRA (2023); specification 15",
+    use: "4-bit weights with normally distributed values: the codes are quantiles; used under LoRA adapters.",
   },
-  codebook4: codebook(4, [1, 1]),
-  codebook8: codebook(8, [1, 1]),
-  codebook4_1x2: codebook(4, [1, 2]),
-  codebook8_1x4: codebook(8, [1, 4]),
-} as const satisfies Record<string, Parameters<typeof defineFormat>[1]>;
+  codebook4: codebook(4, [1, 1], "4-bit weights of any distribution: the table is learned, decoding is one lookup."),
+  codebook8: codebook(8, [1, 1], "8-bit weights of any distribution, from a learned table."),
+  codebook4_1x2: codebook(4, [1, 2], "2-bit weights: one code for two neighbours, from a learned table of pairs."),
+  codebook8_1x4: codebook(8, [1, 4], "2-bit weights: one code for four neighbours, from a learned table of vectors."),
+} as const satisfies Record<string, Parameters<typeof defineFormat>[1] & { use: string }>;
 
 /** The names of the table's rows. */
 export type FormatName = keyof typeof ROWS;

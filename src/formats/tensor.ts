@@ -67,8 +67,8 @@ export function checkTensor(tensor: QuantizedTensor, what: string): void {
 }
 
 /**
- * The exact real value of every element of rows [begin, end), in float64, row-major: the meaning of a tensor. Scales of several
- * levels multiply in float32 (specification 13.1); everything else is exact or rounds only in float64.
+ * The exact real value of every element of rows [begin, end), in float64, row-major: the meaning of a tensor. Scales of
+ * several levels multiply in float32 (specification 13.1); everything else is exact or rounds only in float64.
  */
 export function dequantize(tensor: QuantizedTensor, rows?: readonly [begin: number, end: number]): Float64Array {
   const { format, shape } = tensor;
@@ -204,8 +204,8 @@ export function scaleGranularity(format: Format, k: number): number {
 }
 
 /**
- * The format with every whole-tensor row extent narrowed to single rows: the same values with one scale a row, so that rows
- * of several tensors can be laid one after another.
+ * The format with every whole-tensor row extent narrowed to single rows: the same values with one scale a row, so that
+ * rows of several tensors can be laid one after another.
  */
 export function rowwise(format: Format): Format {
   if (format.scales.every(({ block }) => block[0] !== "all")) return format;

@@ -228,8 +228,9 @@ function activationOf(stored: Stored): Format | null {
 }
 
 /**
- * The tensor that the parts of one checkpoint parameter mean (specification 25). `className` and `attributes` are the metadata's `_type` and
- * `_data`. Throws `model/unsupported` for another class, `io/malformed` for missing or impossible parts.
+ * The tensor that the parts of one checkpoint parameter mean (specification 25). `className` and `attributes` are the
+ * metadata's `_type` and `_data`. Throws `model/unsupported` for another class, `io/malformed` for missing or
+ * impossible parts.
  */
 export function readTorchaoTensor(
   parameter: string,

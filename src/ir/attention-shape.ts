@@ -34,7 +34,8 @@ export function attentionShape(types: readonly TensorType[], attrs: SdpaAttrs, w
   const [qType, kType, vType] = types as readonly [TensorType, TensorType, TensorType];
   const { heads, kvHeads, window, softcap } = attrs;
   const count = (name: string, value: number | undefined, ok: boolean, expected: string) => {
-    if (value !== undefined && !ok) throw new FewbitError("argument/invalid", { name: `${where}.${name}`, value, expected });
+    if (value !== undefined && !ok)
+      throw new FewbitError("argument/invalid", { name: `${where}.${name}`, value, expected });
   };
   count("heads", heads, Number.isInteger(heads) && heads > 0, "a positive integer");
   count("kvHeads", kvHeads, Number.isInteger(kvHeads) && kvHeads > 0, "a positive integer");
@@ -60,7 +61,11 @@ export function attentionShape(types: readonly TensorType[], attrs: SdpaAttrs, w
     throw new FewbitError("shape/mismatch", { what: `${where}.k`, got: k, expected });
   }
   requireShape(k, [...(rank === 4 ? [undefined] : []), kvHeads, undefined, size], `${where}.k`);
-  for (const [type, name] of [[qType, "q"], [kType, "k"], [vType, "v"]] as const) {
+  for (const [type, name] of [
+    [qType, "q"],
+    [kType, "k"],
+    [vType, "v"],
+  ] as const) {
     if (type.kind === "format") requireBlocks(type.format, size, `${where}.${name}`);
   }
   const batch = paged || rank === 3 ? 1 : (k[0] as number);
@@ -68,7 +73,8 @@ export function attentionShape(types: readonly TensorType[], attrs: SdpaAttrs, w
   if (typeof batch !== "number" || (typeof extent === "string" && kType.kind === "format")) {
     throw invalid(where, "stored keys and values, and the batch, have extents of fixed numbers");
   }
-  if (attrs.position === undefined && (paged || attrs.ring)) throw invalid(where, "pages and rings belong to a cache: it needs a position");
+  if (attrs.position === undefined && (paged || attrs.ring))
+    throw invalid(where, "pages and rings belong to a cache: it needs a position");
   if (attrs.ring && window === undefined) throw invalid(where, "a ring keeps the last tokens only: it needs a window");
 
   const q = requireReal(qType, `${where}.q`);
@@ -77,7 +83,8 @@ export function attentionShape(types: readonly TensorType[], attrs: SdpaAttrs, w
   else requireShape(q, tokenMajor ? [undefined, heads, size] : [batch, heads, undefined, size], `${where}.q`);
   if (tokenMajor && batch !== 1) throw invalid(where, `a batch of ${batch} needs q [B, heads, T, D]`);
   const tokens = (tokenMajor ? q[0] : q[2]) as Dim;
-  if (!tokenMajor && qType.kind === "format" && typeof tokens === "string") throw invalid(where, "stored queries [B, heads, T, D] have a fixed T");
+  if (!tokenMajor && qType.kind === "format" && typeof tokens === "string")
+    throw invalid(where, "stored queries [B, heads, T, D] have a fixed T");
 
   const page = paged ? (extent as number) : null;
   const pages = paged ? requireDense(types[extra.pages] as TensorType, "u32", `${where}.pages`) : [1];
@@ -107,9 +114,13 @@ export function attentionShape(types: readonly TensorType[], attrs: SdpaAttrs, w
   };
 }
 
+/** [T, heads * D] or, for queries [B, heads, T, D], the same. */
+export function outputShape({ tokenMajor, tokens, batch, size }: AttentionShape, { heads }: SdpaAttrs): Dim[] {
+  return tokenMajor ? [tokens, heads * size] : [batch, heads, tokens, size];
+}
+
 export function inferSdpa(types: readonly TensorType[], attrs: SdpaAttrs, where: string): TensorType[] {
-  attentionShape(types, attrs, where);
-  return [{ kind: "dense", dtype: "f32", shape: (types[0] as TensorType).shape }];
+  return [{ kind: "dense", dtype: "f32", shape: outputShape(attentionShape(types, attrs, where), attrs) }];
 }
 
 /** Where the rows of a cache or a pool of blocks lie. Throws as `attentionShape`. */

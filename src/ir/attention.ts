@@ -1,7 +1,7 @@
 import { FewbitError } from "../core/errors.js";
 import { decode, encode } from "../formats/codec.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
-import { type AttentionShape, attentionShape, type KeyRows } from "./attention-shape.js";
+import { type AttentionShape, attentionShape, type KeyRows, outputShape } from "./attention-shape.js";
 import { concreteShape, type TensorType } from "./graph.js";
 import type { SdpaAttrs } from "./ops.js";
 import { type DenseTensor, type HostTensor, isDense } from "./tensor.js";
@@ -91,7 +91,8 @@ function forEachRow(
           const at = (tokenMajor ? t * heads + head : (b * heads + head) * tokens + t) * size;
           const scores = new Float64Array(to - from);
           const magnitudes = new Float64Array(to - from);
-          const maskAt = ((shape.mask.batch ? b : 0) * (shape.mask.heads ? heads : 1) + (shape.mask.heads ? head : 0)) * tokens + t;
+          const maskAt =
+            ((shape.mask.batch ? b : 0) * (shape.mask.heads ? heads : 1) + (shape.mask.heads ? head : 0)) * tokens + t;
           for (let j = from; j < to; j++) {
             let dot = 0;
             let magnitude = 0;
@@ -122,7 +123,9 @@ function valuesOfRows(tensor: HostTensor, size: number, rows: readonly number[] 
     for (end = begin + 1; end < rows.length && rows[end] === (rows[end - 1] as number) + 1; ) end++;
     const first = rows[begin] as number;
     const last = first + end - begin;
-    const part = isDense(tensor) ? tensor.data.subarray(first * size, last * size) : dequantize(tensor as QuantizedTensor, [first, last]);
+    const part = isDense(tensor)
+      ? tensor.data.subarray(first * size, last * size)
+      : dequantize(tensor as QuantizedTensor, [first, last]);
     out.set(part, begin * size);
   }
   return out;
@@ -143,7 +146,7 @@ export function evaluateSdpa(
   attrs: SdpaAttrs,
   symbols: Readonly<Record<string, number>>,
 ): DenseTensor {
-  const shape = concreteShape((types[0] as TensorType).shape, symbols);
+  const shape = concreteShape(outputShape(attentionShape(types, attrs, "sdpa"), attrs), symbols);
   const out = new Float32Array(shape.reduce((a, b) => a * b, 1));
   const { probabilities } = attrs;
   const rounded = (weight: number): number => {

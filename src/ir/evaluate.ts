@@ -2,6 +2,7 @@ import { f32Bits } from "../core/dtype.js";
 import { blockGrid, codecBits, codecVector } from "../formats/format.js";
 import { readCode, rowWords, writeCode } from "../formats/pack.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
+import { dequantizeTo } from "../quantize/dequantize.js";
 import { quantizeTensor } from "../quantize/quantize.js";
 import { checkCapacity, evaluateSdpa, keyRowOf } from "./attention.js";
 import { cacheRows } from "./attention-shape.js";
@@ -30,7 +31,8 @@ export function evaluateNode(
 }
 
 /** A host tensor's own type; stored tensors forget how their leading dimensions were folded. */
-const typeOf = (tensor: HostTensor): TensorType => (isDense(tensor) ? dense(tensor.dtype, tensor.shape) : stored(tensor.format, tensor.shape));
+const typeOf = (tensor: HostTensor): TensorType =>
+  isDense(tensor) ? dense(tensor.dtype, tensor.shape) : stored(tensor.format, tensor.shape);
 
 type Evaluator<Op extends OpName> = (
   operands: readonly HostTensor[],
@@ -109,7 +111,9 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
   /** Products and sums are rounded to float32 one by one, so that every backend rotates to the same bits. */
   conv2d: ([x, weight, bias], attrs) => {
     const matrix = quantized(weight);
-    return [evaluateConv(x as DenseTensor, matrix, exactValues(matrix), bias === undefined ? undefined : floats(bias), attrs)];
+    return [
+      evaluateConv(x as DenseTensor, matrix, exactValues(matrix), bias === undefined ? undefined : floats(bias), attrs),
+    ];
   },
 
   rope: ([x, table], { heads, position, interleaved }, symbols) => {
@@ -168,12 +172,18 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
     return [f32((a as DenseTensor).shape, out)];
   },
 
-  quantize: ([x], { format }) => {
+  quantize: ([x], { format, heads = 1, dtype = "f32", ...options }) => {
     const source = x as DenseTensor;
-    return [quantizeTensor(floats(source), shapeRows(source.shape), "f32", format)];
+    const [rows, width] = shapeRows(source.shape);
+    return [quantizeTensor(floats(source), [rows * heads, width / heads], dtype, format, options)];
   },
 
-  dequantize: ([x]) => [f32(quantized(x).shape, Float32Array.from(dequantize(quantized(x))))],
+  dequantize: ([x], { dtype }) => {
+    const tensor = quantized(x);
+    return [
+      f32(tensor.shape, dtype === undefined ? Float32Array.from(dequantize(tensor)) : dequantizeTo(tensor, dtype)),
+    ];
+  },
 
   last_row: ([x]) => {
     const source = x as DenseTensor;

@@ -1,3 +1,4 @@
+import type { FloatType } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
 import type { Codec, Format } from "../formats/format.js";
 import { inferKvWrite, inferSdpa } from "./attention-shape.js";
@@ -20,8 +21,17 @@ export interface OpAttrs {
   sdpa: SdpaAttrs;
   unary: { readonly fn: UnaryFn };
   binary: { readonly fn: BinaryFn };
-  quantize: { readonly format: Format };
-  dequantize: Record<string, never>;
+  /** `dtype`: the type whose values x holds, to which the specification rounds (default f32). `numerics`, `perTensorScale`: see `quantizeTensor`. */
+  quantize: {
+    readonly format: Format;
+    /** x [T, heads * D] is split into heads first: the result is [T, heads, D]. */
+    readonly heads?: number;
+    readonly dtype?: FloatType;
+    readonly numerics?: "guarded" | "torchao";
+    readonly perTensorScale?: number;
+  };
+  /** `dtype`: rounds every operation to it, as torchao does; without it the exact value is rounded once to f32. */
+  dequantize: { readonly dtype?: FloatType };
   last_row: Record<string, never>;
   sample: Record<string, never>;
 }
@@ -170,7 +180,7 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
   /**
    * q f32 [T, heads * D], or f32 or format [T, heads, D] or [B, heads, T, D]; k and v format or f32: caches [kvHeads, C, D] or
    * pools of blocks [blocks, kvHeads, P, D], without a position [kvHeads, S, D] or [B, kvHeads, S, D];
-   * mask f32 [T, S] or [1 or B, 1 or heads, T, S], sinks f32 [heads], pages u32 [n] -> f32, the shape of q.
+   * mask f32 [T, S] or [1 or B, 1 or heads, T, S], sinks f32 [heads], pages u32 [n] -> f32 [T, heads * D] or [B, heads, T, D].
    */
   sdpa: {
     operands: ["q", "k", "v", "mask", "sinks", "pages"],
@@ -188,8 +198,18 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
     operands: ["x"],
     infer: (types, attrs, where) => {
       const x = requireDense(at(types, 0), "f32", `${where}.x`);
-      requireBlocks(attrs.format, at(x, x.length - 1), `${where}.x`);
-      return [{ kind: "format", format: attrs.format, shape: x }];
+      const { format, heads } = attrs;
+      const width = at(x, x.length - 1) as number;
+      const shape = heads === undefined ? x : [...x.slice(0, -1), heads, width / heads];
+      if (heads !== undefined && (x.length !== 2 || width % heads !== 0)) {
+        throw new FewbitError("shape/mismatch", {
+          what: `${where}.x`,
+          got: x,
+          expected: `[T, a multiple of ${heads} heads]`,
+        });
+      }
+      requireBlocks(format, at(shape, shape.length - 1), `${where}.x`);
+      return [{ kind: "format", format, shape }];
     },
     flops: (shapes) => 4 * elements(shapes[0]),
   },

@@ -1,4 +1,4 @@
-import type { Format } from "../formats/format.js";
+import { type Format, formatKey } from "../formats/format.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
 import { type DecoderConfig, type TensorRole, type TensorSpec, tensorSpecs } from "./config.js";
 
@@ -47,7 +47,7 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
     const format = options.activationFormat(spec);
     let input = x;
     if (format !== null) {
-      const key = `${x} ${format.name}`;
+      const key = `${x} ${formatKey(format)}`;
       input = quantized.get(key) ?? g.one("quantize", [x], { format }, `quantize.${spec.name}`);
       quantized.set(key, input);
     }
@@ -65,7 +65,11 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
   for (let layer = 0; layer < config.layers; layer++) {
     const name = (what: string) => `layer${layer}.${what}`;
     const before = g.one("rmsnorm", [x, vector("attentionNorm", layer) as ValueId], { eps }, name("norm"));
-    const [q, k, v] = (["q", "k", "v"] as const).map((role) => linear(role, layer, before)) as [ValueId, ValueId, ValueId];
+    const [q, k, v] = (["q", "k", "v"] as const).map((role) => linear(role, layer, before)) as [
+      ValueId,
+      ValueId,
+      ValueId,
+    ];
     const turnedQ = g.one("rope", [q, angles], { heads: config.heads, position: PAST }, name("rope.q"));
     const turnedK = g.one("rope", [k, angles], { heads: config.kvHeads, position: PAST }, name("rope.k"));
     const keys = g.state(name("k_cache"), stored(options.kvFormat, cacheShape));
@@ -75,7 +79,13 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
     const attended = g.one(
       "sdpa",
       [turnedQ, allKeys, allValues],
-      { heads: config.heads, kvHeads: config.kvHeads, scale: 1 / Math.sqrt(config.headDim), causal: true, position: PAST },
+      {
+        heads: config.heads,
+        kvHeads: config.kvHeads,
+        scale: 1 / Math.sqrt(config.headDim),
+        causal: true,
+        position: PAST,
+      },
       name("sdpa"),
     );
     x = g.one("binary", [x, linear("o", layer, attended)], { fn: "add" }, name("attention"));

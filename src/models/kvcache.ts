@@ -23,11 +23,19 @@ export const KV_FORMATS: Readonly<Record<string, Format>> = {
 export function kvFormat(name: string): Format {
   const format = Object.hasOwn(KV_FORMATS, name) ? KV_FORMATS[name] : undefined;
   if (format !== undefined) return format;
-  throw new FewbitError("argument/unknown-name", { kind: "KV format", name, nearest: nearestNames(name, Object.keys(KV_FORMATS)) });
+  throw new FewbitError("argument/unknown-name", {
+    kind: "KV format",
+    name,
+    nearest: nearestNames(name, Object.keys(KV_FORMATS)),
+  });
 }
 
 /** Bytes that a model's cache of `tokens` tokens takes: keys and values of every layer. */
-export function kvBytes(config: Pick<DecoderConfig, "layers" | "kvHeads" | "headDim">, format: Format, tokens: number): number {
+export function kvBytes(
+  config: Pick<DecoderConfig, "layers" | "kvHeads" | "headDim">,
+  format: Format,
+  tokens: number,
+): number {
   const words = tensorWords(format, [config.kvHeads * tokens, config.headDim]);
   return 8 * config.layers * (words.qdata + words.zero + words.scales.reduce((a, b) => a + b, 0));
 }
@@ -166,7 +174,11 @@ export class KvSequence implements Disposable {
   truncate(length: number): void {
     this.#check();
     if (!Number.isInteger(length) || length < 0 || length > this.#length) {
-      throw new FewbitError("argument/invalid", { name: "length", value: length, expected: `an integer from 0 to ${this.#length}` });
+      throw new FewbitError("argument/invalid", {
+        name: "length",
+        value: length,
+        expected: `an integer from 0 to ${this.#length}`,
+      });
     }
     const keep = Math.ceil(length / this.#pool.slots);
     for (const block of this.#blocks.splice(keep)) this.#pool.release(block);
@@ -203,19 +215,28 @@ export function copyBlocks(tensor: QuantizedTensor, rows: number, copies: readon
   const stride = rowWords(tensor.shape[1] / codecVector(format.element)[1], codecBits(format.element)) * rows;
   const move = (words: Uint32Array, bytesOfBlock: number): Uint32Array => {
     const bytes = new Uint8Array(words.slice().buffer);
-    for (const { from, to } of copies) bytes.copyWithin(to * bytesOfBlock, from * bytesOfBlock, (from + 1) * bytesOfBlock);
+    for (const { from, to } of copies)
+      bytes.copyWithin(to * bytesOfBlock, from * bytesOfBlock, (from + 1) * bytesOfBlock);
     return new Uint32Array(bytes.buffer);
   };
   const codes = (bits: number, count: number) => (bits / 8) * (count / blocks);
   const grid = (i: number) => {
     const block = format.scales[i]?.block ?? ([1, "all"] as const);
-    if (block[0] !== 1) throw new FewbitError("graph/invalid", { where: format.name, reason: "its scales span rows: blocks cannot be copied" });
+    if (block[0] !== 1)
+      throw new FewbitError("graph/invalid", {
+        where: format.name,
+        reason: "its scales span rows: blocks cannot be copied",
+      });
     return tensor.shape[0] * (block[1] === "all" ? 1 : tensor.shape[1] / block[1]);
   };
   return {
     ...tensor,
     qdata: move(tensor.qdata, 4 * stride),
-    scales: tensor.scales.map((words, i) => move(words, codes(codecBits((format.scales[i] as Format["scales"][number]).codec), grid(i)))),
-    ...(tensor.zero && format.zero.domain !== "none" ? { zero: move(tensor.zero, codes(codecBits(format.zero.codec), grid(0))) } : {}),
+    scales: tensor.scales.map((words, i) =>
+      move(words, codes(codecBits((format.scales[i] as Format["scales"][number]).codec), grid(i))),
+    ),
+    ...(tensor.zero && format.zero.domain !== "none"
+      ? { zero: move(tensor.zero, codes(codecBits(format.zero.codec), grid(0))) }
+      : {}),
   };
 }

@@ -1,7 +1,6 @@
 import { f32FromBits } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import type { Format } from "../formats/format.js";
-import { FORMATS } from "../formats/table.js";
 import { openCheckpoint } from "../io/checkpoint.js";
 import { type MemoryInput, openDirectory, readJson } from "../io/source.js";
 import { checkSettings, packSettings, type SampleSettings } from "../ir/sample.js";
@@ -10,8 +9,11 @@ import type { QuantizeConfig } from "../quantize/configs.js";
 import { parseQuantizeName } from "../quantize/names.js";
 import type { Device, Program } from "../runtime/device.js";
 import { loadTokenizer, type Tokenizer } from "../text/tokenizer.js";
+import { type AttentionMode, withAttention } from "./attention.js";
 import { type DecoderConfig, parseConfig, tensorSpecs } from "./config.js";
 import { buildDecoder, PAST, ROPE_TABLE, ropeTable, TOKENS } from "./decoder.js";
+import { kvFormat } from "./kvcache.js";
+import { checkContext } from "./outline.js";
 import { planWeights } from "./weights.js";
 
 export interface LoadModelOptions {
@@ -22,8 +24,10 @@ export interface LoadModelOptions {
   readonly context?: number;
   /** Prompt tokens of one run at most (default 128): longer prompts run in several. */
   readonly prefillChunk?: number;
-  /** How cached keys and values are stored (default f32). */
-  readonly kv?: Format;
+  /** How cached keys and values are stored: a format, or a name of `KV_FORMATS` (default none: f32). */
+  readonly kv?: Format | string;
+  /** `float8` computes attention in e4m3, with a cache of its own format (default auto: as the cache is stored). */
+  readonly attention?: AttentionMode;
   readonly signal?: AbortSignal;
   readonly onProgress?: (progress: LoadProgress) => void;
 }
@@ -76,28 +80,25 @@ export async function loadModel(
     await readJson(directory, "tokenizer.json", open),
     await readJson(directory, "tokenizer_config.json", open),
   );
-  const capacity = options.context ?? config.contextLength;
-  if (!Number.isInteger(capacity) || capacity < 1 || capacity > config.contextLength) {
-    throw new FewbitError("argument/invalid", {
-      name: "context",
-      value: capacity,
-      expected: `an integer from 1 to ${config.contextLength}`,
-    });
-  }
+  const capacity = checkContext(config, options.context);
+  const chunk = options.prefillChunk ?? 128;
+  checkCount("prefillChunk", chunk);
   const selection =
     typeof options.quantize === "string" ? parseQuantizeName(options.quantize) : (options.quantize ?? null);
   await using checkpoint = await openCheckpoint(directory, open);
   const specs = tensorSpecs(config);
   const weights = planWeights(checkpoint, specs, selection);
-  const maxTokens = Math.min(options.prefillChunk ?? 128, capacity);
-  const graph = buildDecoder(config, {
+  const maxTokens = Math.min(chunk, capacity);
+  const { kv = "none", attention = "auto" } = options;
+  const decoder = buildDecoder(config, {
     weightFormat: weights.weightFormat,
     activationFormat: weights.activationFormat,
-    kvFormat: options.kv ?? FORMATS.f32,
+    kvFormat: typeof kv === "string" ? kvFormat(kv) : kv,
     maxTokens,
     capacity,
     logits: "last",
   });
+  const graph = withAttention(decoder, attention);
   const byName = new Map(specs.map((spec) => [spec.name, spec]));
   let loaded = 0;
   const program = await device.compile(graph, {
@@ -114,6 +115,11 @@ export async function loadModel(
     onProgress: (done, total) => options.onProgress?.({ stage: "upload", done, total, what: "weights" }),
   });
   return new Model(config, tokenizer, program, capacity, maxTokens);
+}
+
+function checkCount(name: string, value: number): void {
+  if (Number.isInteger(value) && value >= 1) return;
+  throw new FewbitError("argument/invalid", { name, value, expected: "a positive integer" });
 }
 
 /** A model on a device. One generation runs at a time. */

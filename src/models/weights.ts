@@ -16,7 +16,10 @@ export interface WeightPlan {
   weightFormat(spec: TensorSpec): Format;
   activationFormat(spec: TensorSpec): Format | null;
   /** The weight of a spec, read and quantized; `onRows` is called as rows are done. */
-  load(spec: TensorSpec, options: { signal?: AbortSignal; onRows?: (rows: number, total: number) => void }): Promise<HostTensor>;
+  load(
+    spec: TensorSpec,
+    options: { signal?: AbortSignal; onRows?: (rows: number, total: number) => void },
+  ): Promise<HostTensor>;
 }
 
 /**
@@ -25,15 +28,23 @@ export interface WeightPlan {
  * cannot take.
  */
 export function planWeights(store: TensorStore, specs: readonly TensorSpec[], selection: ConfigSelection): WeightPlan {
-  const formats = new Map<string, { weight: Format; activation: Format | null; numerics: "guarded" | "torchao"; dtype: FloatType }>();
+  const formats = new Map<
+    string,
+    { weight: Format; activation: Format | null; numerics: "guarded" | "torchao"; dtype: FloatType }
+  >();
   for (const spec of specs) {
     const info = store.tensors.get(spec.name);
     if (info === undefined) throw new FewbitError("model/missing-tensor", { name: spec.name, path: store.name });
     if (info.shape.length !== spec.shape.length || info.shape.some((extent, i) => extent !== spec.shape[i])) {
-      throw new FewbitError("shape/mismatch", { what: spec.name, got: info.shape, expected: `[${spec.shape.join(", ")}]` });
+      throw new FewbitError("shape/mismatch", {
+        what: spec.name,
+        got: info.shape,
+        expected: `[${spec.shape.join(", ")}]`,
+      });
     }
     const dtype = DTYPES[info.dtype];
-    if (dtype === undefined) throw new FewbitError("dtype/mismatch", { what: spec.name, got: info.dtype, expected: "F32, F16 or BF16" });
+    if (dtype === undefined)
+      throw new FewbitError("dtype/mismatch", { what: spec.name, got: info.dtype, expected: "F32, F16 or BF16" });
     const layer = spec.name.replace(/\.weight$/, "");
     const config = LINEAR_ROLES.has(spec.role) ? configFor(layer, selection) : null;
     const plain = FORMATS[dtype];
@@ -42,7 +53,8 @@ export function planWeights(store: TensorStore, specs: readonly TensorSpec[], se
       continue;
     }
     const weight = config.weight({ shape: spec.shape as [number, number], dtype });
-    if ("refused" in weight) throw new FewbitError("quantize/layer", { layer, config: config.name, reason: weight.refused });
+    if ("refused" in weight)
+      throw new FewbitError("quantize/layer", { layer, config: config.name, reason: weight.refused });
     formats.set(spec.name, { weight, activation: config.activation, numerics: config.numerics, dtype });
   }
   const of = (spec: TensorSpec) => formats.get(spec.name) as NonNullable<ReturnType<typeof formats.get>>;
@@ -57,7 +69,11 @@ export function planWeights(store: TensorStore, specs: readonly TensorSpec[], se
         return toFloat32(dtype as DType, viewAs(dtype, bytes));
       };
       if (spec.shape.length === 1) return { dtype: "f32", shape: spec.shape, data: (await rows()).slice() };
-      const source = { shape: spec.shape as [number, number], dtype, read: (begin: number, end: number) => rows([begin, end]) };
+      const source = {
+        shape: spec.shape as [number, number],
+        dtype,
+        read: (begin: number, end: number) => rows([begin, end]),
+      };
       return quantizeRows(source, weight, {
         numerics,
         ...(signal ? { signal } : {}),

@@ -1,6 +1,6 @@
 import { FewbitError } from "../core/errors.js";
 import { formatKey } from "../formats/format.js";
-import { type Graph, type Node, showType, type ValueId } from "../ir/graph.js";
+import type { Graph, Node, ValueId } from "../ir/graph.js";
 import { OPS } from "../ir/ops.js";
 import { kindOf, type Step, type StepKind } from "./step.js";
 
@@ -61,14 +61,21 @@ function concatenable(view: View, indices: readonly number[]): boolean {
   });
 }
 
-/** Whether a group's cache writes quantize alike and find their rows alike. */
-function sameCaches(view: View, group: readonly number[]): boolean {
-  const writes = group.map((index) => nodeAt(view, index)).filter((node): node is Node<"kv_write"> => node.op === "kv_write");
-  const keys = writes.map(({ inputs, attrs }) => {
-    const type = view.graph.values[inputs[0] as ValueId]?.type;
-    return JSON.stringify([type && showType(type), attrs, inputs[2]]);
-  });
-  return new Set(keys).size === 1;
+/** Whether a group's cache writes find their rows alike, and everything that is quantized takes one format. */
+function sameRows(view: View, group: readonly number[]): boolean {
+  const formats = new Set<string>();
+  const rows = new Set<string>();
+  for (const node of group.map((index) => nodeAt(view, index))) {
+    if (node.op === "quantize") {
+      if (node.attrs.heads === undefined) return false;
+      formats.add(formatKey(node.attrs.format));
+    } else if (node.op === "kv_write") {
+      const type = view.graph.values[node.inputs[0] as ValueId]?.type;
+      if (type?.kind === "format") formats.add(formatKey(type.format));
+      rows.add(JSON.stringify([type?.shape, node.attrs, node.inputs[2]]));
+    }
+  }
+  return formats.size === 1 && rows.size === 1;
 }
 
 /** The fusions, in the order they are tried. */
@@ -132,16 +139,18 @@ export const FUSIONS: readonly Fusion[] = [
     match: (view, index) => {
       const first = nodeAt(view, index);
       if (first.op !== "rope") return null;
-      // One layer's ropes share a table and are followed by its cache writes.
+      // One layer's ropes share a table and are followed by its cache writes; a rotated query may be quantized in between.
       const group: number[] = [];
+      const count = { rope: 0, kv_write: 0, quantize: 0 };
       for (let i = index; i < view.graph.nodes.length && view.free(i); i++) {
         const node = nodeAt(view, i);
-        if (node.op !== "rope" && node.op !== "kv_write") break;
-        if (node.attrs.position !== first.attrs.position) break;
+        if (node.op !== "rope" && node.op !== "kv_write" && node.op !== "quantize") break;
+        if (node.op === "quantize" && !group.includes(view.producer.get(node.inputs[0] as ValueId) ?? -1)) break;
+        if (node.op !== "quantize" && node.attrs.position !== first.attrs.position) break;
+        count[node.op]++;
         group.push(i);
       }
-      const ropes = group.filter((i) => nodeAt(view, i).op === "rope");
-      return group.length === 4 && ropes.length === 2 && sameCaches(view, group) ? group : null;
+      return count.rope === 2 && count.kv_write === 2 && sameRows(view, group) ? group : null;
     },
   },
 ];

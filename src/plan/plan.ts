@@ -1,8 +1,8 @@
 import type { Capabilities } from "../backends/backend.js";
 import { FewbitError } from "../core/errors.js";
-import type { Symbols } from "../ir/evaluate.js";
 import { checkCapacity } from "../ir/attention.js";
 import { attentionShape, cacheRows, type KeyRows } from "../ir/attention-shape.js";
+import type { Symbols } from "../ir/evaluate.js";
 import type { Dim, Graph, Value } from "../ir/graph.js";
 import { typeBytes } from "../ir/tensor.js";
 import { fuse } from "./fuse.js";
@@ -26,7 +26,13 @@ export interface Plan {
   /** What every run must find room for, before anything of it is written. */
   readonly caches: readonly CacheLimit[];
   /** Bytes by kind with every symbol at its largest. */
-  readonly bytes: { readonly weights: number; readonly state: number; readonly activations: number };
+  readonly bytes: {
+    readonly weights: number;
+    readonly state: number;
+    readonly activations: number;
+    /** The largest of the kernels' scratch, which all steps share. */
+    readonly scratch: number;
+  };
 }
 
 /** A cache that a run of `tokens` after `position` writes and reads. */
@@ -64,19 +70,38 @@ export function makePlan(
     ),
   }));
   const memory = planMemory(graph, steps, graph.symbols);
+  const { maxBuffer, maxBinding, memory: total = Number.POSITIVE_INFINITY } = device.capabilities;
+  const limit = (what: string, needed: number, most: number) => {
+    if (needed > most) throw new FewbitError("plan/memory", { what, needed, limit: most });
+  };
   const sum = (role: string) =>
-    graph.values.reduce((total, value) => total + (value.role === role ? typeBytes(value.type, graph.symbols) : 0), 0);
-  const activations = memory.slots.reduce((total, bytes) => total + bytes, 0);
-  for (const bytes of memory.slots) {
-    if (bytes > device.capabilities.maxBuffer) {
-      throw new FewbitError("plan/memory", {
-        what: "one activation",
-        needed: bytes,
-        limit: device.capabilities.maxBuffer,
-      });
-    }
+    graph.values.reduce((all, value) => all + (value.role === role ? typeBytes(value.type, graph.symbols) : 0), 0);
+  for (const bytes of memory.slots) limit("one activation", bytes, maxBuffer);
+  // Weights are cut into slices that fit a binding; a state is one buffer, bound whole.
+  for (const { role, name, type } of graph.values) {
+    if (role === "state" || role === "input")
+      limit(name, typeBytes(type, graph.symbols), Math.min(maxBuffer, maxBinding));
   }
-  return { graph, steps, buckets, memory, caches: cacheLimits(graph), bytes: { weights: sum("weight"), state: sum("state"), activations } };
+  const scratch = buckets.flatMap(({ symbols, choices }) =>
+    choices.map(
+      ({ kernel }, i) => kernel.scratch?.(new BoundStep(graph, steps[i] as Step, symbols), device.capabilities) ?? 0,
+    ),
+  );
+  const bytes = {
+    weights: sum("weight"),
+    state: sum("state"),
+    activations: memory.slots.reduce((all, slot) => all + slot, 0),
+    scratch: scratch.reduce((most, needed) => Math.max(most, needed), 0),
+  };
+  limit("the program", bytes.weights + bytes.state + bytes.activations + bytes.scratch, total);
+  return {
+    graph,
+    steps,
+    buckets,
+    memory,
+    caches: cacheLimits(graph),
+    bytes,
+  };
 }
 
 /** Every cache of a graph, once. */
@@ -91,7 +116,12 @@ function cacheLimits(graph: Graph): CacheLimit[] {
       add({ position, tokens: types[1]?.shape[0] as Dim, rows: { keys, page, kvHeads, ring }, window: 0 });
     } else if (node.op === "sdpa" && node.attrs.position !== undefined) {
       const { keys, page, kvHeads, ring, tokens } = attentionShape(types, node.attrs, node.op);
-      add({ position: node.attrs.position, tokens, rows: { keys, page, kvHeads, ring }, window: node.attrs.window ?? 0 });
+      add({
+        position: node.attrs.position,
+        tokens,
+        rows: { keys, page, kvHeads, ring },
+        window: node.attrs.window ?? 0,
+      });
     }
   }
   return [...found.values()];

@@ -3,7 +3,10 @@ import { FewbitError } from "../core/errors.js";
 
 /** How a block's least and greatest value become a scale (specification 3.2). */
 export type Mapping = "symmetric" | "symmetric_no_clipping_err" | "asymmetric";
-/** In what units zero points are: codes (`int`), values (`float`, tinygemm), or there is none (specification 3.4 to 3.7). */
+/**
+ * In what units zero points are: codes (`int`), values (`float`, tinygemm), or there is none (specification 3.4 to
+ * 3.7).
+ */
 export type ZeroDomain = "int" | "float" | "none";
 
 /** What the affine rule needs to know about one tensor. */
@@ -65,8 +68,8 @@ export function affineZero(rule: AffineRule, lo: number, scale: number): number 
 }
 
 /**
- * Codes (signed numbers, not bit patterns) of `x[begin .. end)` with one scale and zero point, written to `out` from `at`
- * (3.3, 3.5, 3.7). `scaleDtype` is the dtype that the scale is stored in. A NaN becomes code 0.
+ * Codes (signed numbers, not bit patterns) of `x[begin .. end)` with one scale and zero point, written to `out` from
+ * `at` (3.3, 3.5, 3.7). `scaleDtype` is the dtype that the scale is stored in. A NaN becomes code 0.
  */
 export function affineCodes(
   rule: Pick<AffineRule, "min" | "max" | "dtype" | "domain">,

@@ -22,8 +22,8 @@ export interface Float8Operand {
 }
 
 /**
- * x H / sqrt(size) along the last axis, in float32: butterflies of stride 1, 2, 4, ..., then one multiplication (20.2). `size` is a power
- * of two up to 256. It is its own inverse.
+ * x H / sqrt(size) along the last axis, in float32: butterflies of stride 1, 2, 4, ..., then one multiplication (20.2).
+ * `size` is a power of two up to 256. It is its own inverse.
  */
 export function hadamard(data: Float32Array, size: number): Float32Array {
   if (size > 256 || size < 1 || (size & (size - 1)) !== 0) {
@@ -43,8 +43,8 @@ export function hadamard(data: Float32Array, size: number): Float32Array {
 }
 
 /**
- * One operand of float8 attention (20.2): `groups` equal runs of `data`, a scale 448 / amax each, that multiplies. amax is taken of the
- * rotated values before they are rounded to `dtype`.
+ * One operand of float8 attention (20.2): `groups` equal runs of `data`, a scale 448 / amax each, that multiplies. amax
+ * is taken of the rotated values before they are rounded to `dtype`.
  */
 export function quantizeFloat8Operand(
   data: Float32Array,
@@ -78,8 +78,8 @@ export function float8Values({ codes, descale }: Float8Operand): Float32Array {
 }
 
 /**
- * Attention over float8 operands (20.2): P = exp(S - max) is rounded to e4m3 after multiplication by 2^8 before it meets V; row sums use the
- * unrounded P. [batch, heads, tokens, size] in float32.
+ * Attention over float8 operands (20.2): P = exp(S - max) is rounded to e4m3 after multiplication by 2^8 before it
+ * meets V; row sums use the unrounded P. [batch, heads, tokens, size] in float32.
  */
 export function float8Attention(
   q: Float8Operand,

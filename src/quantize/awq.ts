@@ -15,8 +15,8 @@ export interface Awq {
 }
 
 /**
- * Activation-aware scales (17.2): of `searchSpace` exponents r, the one whose column scales mean|x|^r leave the smallest output error over the
- * calibration activations `x` [tokens, k], the first of equal ones.
+ * Activation-aware scales (17.2): of `searchSpace` exponents r, the one whose column scales mean|x|^r leave the
+ * smallest output error over the calibration activations `x` [tokens, k], the first of equal ones.
  */
 export function awqQuantize(
   weight: Float32Array,

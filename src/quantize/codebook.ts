@@ -4,8 +4,9 @@ import { learnCenters, nearestCenter } from "./kmeans.js";
 import { type Procedure, type RuleContext, scaleWriter, type Tile } from "./rules.js";
 
 /**
- * Learned codebooks (specification 16): k-means over the patches of the scaled tensor, in two passes. Clustering looks at all patches at once, so
- * this rule alone keeps the tensor in float32 while it learns (torchao leaves weights above 2^27 elements alone).
+ * Learned codebooks (specification 16): k-means over the patches of the scaled tensor, in two passes. Clustering looks
+ * at all patches at once, so this rule alone keeps the tensor in float32 while it learns (torchao leaves weights above
+ * 2^27 elements alone).
  */
 export function codebook(context: RuleContext, rule: Extract<Rule, { kind: "codebook" }>): Procedure {
   const { format, tensor, options } = context;

@@ -13,7 +13,10 @@ export interface Refusal {
   readonly refused: string;
 }
 
-/** What happens to the weight and the activation of a linear: one of torchao's configs with its arguments, as plain data. */
+/**
+ * What happens to the weight and the activation of a linear: one of torchao's configs with its arguments, as plain
+ * data.
+ */
 export interface QuantizeConfig {
   /** torchao's class name. */
   readonly name: string;
@@ -110,10 +113,11 @@ export function oneOf<T extends string | number | null>(
 export type ConfigSelection = QuantizeConfig | null | ReadonlyMap<string, QuantizeConfig | null>;
 
 /**
- * The config of the linear `layer` (a module name such as `model.layers.0.self_attn.q_proj`), or null to leave it alone.
- * In a map the precedence is torchao's (specification 4): the exact parameter name (`<layer>.weight`), the exact module name,
- * the first `re:` pattern that matches the whole parameter name, the first that matches the whole module name, `_default`.
- * Throws `argument/invalid` when a filter comes with a map, as torchao does, or a pattern is not a regular expression.
+ * The config of the linear `layer` (a module name such as `model.layers.0.self_attn.q_proj`), or null to leave it
+ * alone. In a map the precedence is torchao's (specification 4): the exact parameter name (`<layer>.weight`), the exact
+ * module name, the first `re:` pattern that matches the whole parameter name, the first that matches the whole module
+ * name, `_default`. Throws `argument/invalid` when a filter comes with a map, as torchao does, or a pattern is not a
+ * regular expression.
  */
 export function configFor(
   layer: string,

@@ -51,7 +51,10 @@ export function mxDynamicActivationMxWeight(
   );
 }
 
-/** MX weights, activations left alone. torchao has no class of its own for it; arguments are those of the dynamic config. */
+/**
+ * MX weights, activations left alone. torchao has no class of its own for it; arguments are those of the dynamic
+ * config.
+ */
 export function mxWeightOnly(args: MxArgs & { weightDtype?: MxType } = {}): QuantizeConfig {
   const { weightDtype = "float8_e4m3fn" } = args;
   const name = "MXWeightOnlyConfig";
@@ -78,8 +81,8 @@ export function nvfp4WeightOnly(args: CommonArgs & { useDynamicPerTensorScale?: 
 }
 
 /**
- * NVFP4DynamicActivationNVFP4WeightConfig (13.4): `useTritonKernel` selects the arithmetic of MSLK's activation kernel (13.2). For
- * static activations quantize them with `perTensorScale`.
+ * NVFP4DynamicActivationNVFP4WeightConfig (13.4): `useTritonKernel` selects the arithmetic of MSLK's activation kernel
+ * (13.2). For static activations quantize them with `perTensorScale`.
  */
 export function nvfp4DynamicActivationNvfp4Weight(
   args: CommonArgs & { useTritonKernel?: boolean; useDynamicPerTensorScale?: boolean } = {},
@@ -163,8 +166,8 @@ function nearestDivisor(value: number, wanted: number): number {
 }
 
 /**
- * CodebookWeightOnlyConfig (16): a learned table of 2^bits patches [rows, k] and one scale per `scaleBlockSize` weights of a row
- * (null: the whole row). Weights above 2^27 elements are left alone.
+ * CodebookWeightOnlyConfig (16): a learned table of 2^bits patches [rows, k] and one scale per `scaleBlockSize` weights
+ * of a row (null: the whole row). Weights above 2^27 elements are left alone.
  */
 export function codebookWeightOnly(
   args: CommonArgs & {

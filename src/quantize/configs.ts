@@ -40,8 +40,8 @@ export function float8WeightOnly(
 }
 
 /**
- * Float8DynamicActivationFloat8WeightConfig (5.4): per tensor (default), per row (bf16 weights), or activation blocks 1x128
- * with weight blocks 128x128. N and K must be multiples of 16. The bounds clamp the activation's amax.
+ * Float8DynamicActivationFloat8WeightConfig (5.4): per tensor (default), per row (bf16 weights), or activation blocks
+ * 1x128 with weight blocks 128x128. N and K must be multiples of 16. The bounds clamp the activation's amax.
  */
 export function float8DynamicActivationFloat8Weight(
   args: CommonArgs & {
@@ -88,7 +88,9 @@ export function int8WeightOnly(args: CommonArgs & { granularity?: Granularity } 
   );
 }
 
-/** Int8DynamicActivationInt8WeightConfig (6.3): weight symmetric; activation per token or per tensor, float32 scales. */
+/**
+ * Int8DynamicActivationInt8WeightConfig (6.3): weight symmetric; activation per token or per tensor, float32 scales.
+ */
 export function int8DynamicActivationInt8Weight(
   args: CommonArgs & {
     actMappingType?: "symmetric" | "asymmetric";
@@ -113,8 +115,9 @@ export function int8DynamicActivationInt8Weight(
 }
 
 /**
- * Int4WeightOnlyConfig (7.1 to 7.4). `plain` and `preshuffled`: float zero point, MSLK's float32 rule. `tile_packed_to_4d`: tinygemm
- * or HQQ parameters, bf16 weights. `plain_int32`: integer zero point. Packings name rules here: where bits lie is up to a device.
+ * Int4WeightOnlyConfig (7.1 to 7.4). `plain` and `preshuffled`: float zero point, MSLK's float32 rule.
+ * `tile_packed_to_4d`: tinygemm or HQQ parameters, bf16 weights. `plain_int32`: integer zero point. Packings name rules
+ * here: where bits lie is up to a device.
  */
 export function int4WeightOnly(
   args: CommonArgs & {
@@ -229,7 +232,10 @@ function intxWeight(name: string, args: IntxArgs): QuantizeConfig["weight"] {
 const intName = (bits: number, suffix: "" | "_asymmetric"): FormatName =>
   `int${bits === 8 ? "x8" : bits}${suffix}` as FormatName;
 
-/** IntxWeightOnlyConfig (9.1): 1 to 8 bits, per axis 0 or per group; scales in the weight's dtype unless `scaleDtype` says otherwise. */
+/**
+ * IntxWeightOnlyConfig (9.1): 1 to 8 bits, per axis 0 or per group; scales in the weight's dtype unless `scaleDtype`
+ * says otherwise.
+ */
 export function intxWeightOnly(
   args: CommonArgs & {
     weightDtype?: IntType;

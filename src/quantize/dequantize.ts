@@ -3,8 +3,8 @@ import { codecVector, extentOf, midCode } from "../formats/format.js";
 import { elementCodes, elementValue, type QuantizedTensor, scaleValues, zeroValues } from "../formats/tensor.js";
 
 /**
- * The elements [n, k] of a tensor in `dtype` as torchao dequantizes them, rounded after every operation (specification 3.4, 3.5, 5.1, 12.5,
- * 13.1, 15). `formats/tensor.ts`'s `dequantize` is the exact value instead.
+ * The elements [n, k] of a tensor in `dtype` as torchao dequantizes them, rounded after every operation (specification
+ * 3.4, 3.5, 5.1, 12.5, 13.1, 15). `formats/tensor.ts`'s `dequantize` is the exact value instead.
  */
 export function dequantizeTo(tensor: QuantizedTensor, dtype: FloatType): Float32Array {
   const { format, shape } = tensor;

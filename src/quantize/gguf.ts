@@ -4,7 +4,10 @@ import { ROUND } from "./affine.js";
 const BLOCK = 32;
 const BLOCKS = 8;
 
-/** torchao's GGUF prototype (specification 16): super-blocks of 256, each 8 blocks of 32, Q4_K-like. Not a GGUF file's bytes. */
+/**
+ * torchao's GGUF prototype (specification 16): super-blocks of 256, each 8 blocks of 32, Q4_K-like. Not a GGUF file's
+ * bytes.
+ */
 export interface GgufQ4K {
   /** [n, k / 256]. */
   readonly superScale: Float32Array;
@@ -19,8 +22,8 @@ export interface GgufQ4K {
 }
 
 /**
- * Quantizes [n, k], k a multiple of 256, in float32. The literal rule (`torchao`) never rounds parameters and codes and clamps
- * negative minima to 0; `guarded` does what is meant: it rounds them, and keeps signed 6-bit minima (28.13).
+ * Quantizes [n, k], k a multiple of 256, in float32. The literal rule (`torchao`) never rounds parameters and codes and
+ * clamps negative minima to 0; `guarded` does what is meant: it rounds them, and keeps signed 6-bit minima (28.13).
  */
 export function quantizeGgufQ4K(
   data: Float32Array,

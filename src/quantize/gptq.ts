@@ -44,9 +44,10 @@ export interface GptqOptions extends QuantizeOptions {
 }
 
 /**
- * Quantizes a float32 weight [n, k] column by column, moving each column's error to the columns that are still to come (17.3). `format` has
- * groups along rows and a rule that does not search. The literal rule (`torchao`) chooses a group's scales from the columns of the current
- * block only, also where the group is longer; `guarded` looks at the whole group (28.13).
+ * Quantizes a float32 weight [n, k] column by column, moving each column's error to the columns that are still to come
+ * (17.3). `format` has groups along rows and a rule that does not search. The literal rule (`torchao`) chooses a
+ * group's scales from the columns of the current block only, also where the group is longer; `guarded` looks at the
+ * whole group (28.13).
  */
 export function gptqQuantize(
   weight: Float32Array,

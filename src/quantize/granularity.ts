@@ -16,7 +16,10 @@ export const perAxis = (axis: 0): Granularity => ({ kind: "axis", axis });
 export const perGroup = (groupSize: number): Granularity => ({ kind: "group", groupSize });
 export const perBlock = (blockSize: readonly [rows: number, k: number]): Granularity => ({ kind: "block", blockSize });
 
-/** The block of a granularity over a matrix [rows, k]. Throws `argument/invalid` for a size that is not a positive integer. */
+/**
+ * The block of a granularity over a matrix [rows, k]. Throws `argument/invalid` for a size that is not a positive
+ * integer.
+ */
 export function blockOf(granularity: Granularity): Block {
   switch (granularity.kind) {
     case "tensor":

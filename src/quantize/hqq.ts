@@ -50,8 +50,8 @@ function encodeTile(
 }
 
 /**
- * Half-quadratic quantization (specification 8), float32: zero points that minimize a sparse error, found in up to 20 passes; the
- * search of the whole tensor stops when its mean error no longer falls.
+ * Half-quadratic quantization (specification 8), float32: zero points that minimize a sparse error, found in up to 20
+ * passes; the search of the whole tensor stops when its mean error no longer falls.
  */
 export function hqq(context: RuleContext): Procedure {
   const { format, guarded, tensor } = context;
@@ -152,8 +152,8 @@ export function hqq(context: RuleContext): Procedure {
 const LEAST_SCALE = 2 ** -23;
 
 /**
- * HQQ_SCALE_ONLY (specification 8), float32: the least-squares scale of the current codes, in up to 20 passes, until no scale of the
- * tensor moves by more than 1e-5 of itself.
+ * HQQ_SCALE_ONLY (specification 8), float32: the least-squares scale of the current codes, in up to 20 passes, until no
+ * scale of the tensor moves by more than 1e-5 of itself.
  */
 export function hqqScale(context: RuleContext, rule: Extract<Rule, { kind: "hqq_scale" }>): Procedure {
   const { count } = groupsOf(context);
@@ -209,8 +209,9 @@ export function hqqScale(context: RuleContext, rule: Extract<Rule, { kind: "hqq_
 }
 
 /**
- * SINQ (specification 8), float32: columns (of the tensor cut into groups) and groups are divided by their standard deviations in
- * turn, and what is left is quantized symmetrically. Level 0 holds a scale per group, level 1 one per column.
+ * SINQ (specification 8), float32: columns (of the tensor cut into groups) and groups are divided by their standard
+ * deviations in turn, and what is left is quantized symmetrically. Level 0 holds a scale per group, level 1 one per
+ * column.
  */
 export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>): Procedure {
   const { count, width, k } = groupsOf(context);

@@ -2,9 +2,9 @@
 const CHECK_EVERY = 10;
 
 /**
- * Learns `entries` centers [entries, size] of points [count, size] into `centers` (specification 16): a greedy start (point 0, then again
- * and again the point farthest from all chosen ones), then at most `iterations` of k-means. A center without points stays where it is.
- * Scalar `points` are sorted in place.
+ * Learns `entries` centers [entries, size] of points [count, size] into `centers` (specification 16): a greedy start
+ * (point 0, then again and again the point farthest from all chosen ones), then at most `iterations` of k-means. A
+ * center without points stays where it is. Scalar `points` are sorted in place.
  */
 export function learnCenters(
   points: Float32Array,
@@ -140,7 +140,10 @@ function upperBound(sorted: ArrayLike<number>, value: number): number {
   return low;
 }
 
-/** A function that finds the entry nearest to the point at `points[at ..]`, the first on ties. Scalar tables are searched in sorted order. */
+/**
+ * A function that finds the entry nearest to the point at `points[at ..]`, the first on ties. Scalar tables are
+ * searched in sorted order.
+ */
 export function nearestCenter(
   centers: Float32Array,
   entries: number,

@@ -2,8 +2,8 @@ import { type FloatType, roundTo } from "../core/dtype.js";
 import { ROUND } from "./affine.js";
 
 /**
- * A function that writes nf4 codes of x[begin .. end) under one absmax (specification 15): the first table entry nearest to
- * x / absmax, every operation rounded to `dtype`.
+ * A function that writes nf4 codes of x[begin .. end) under one absmax (specification 15): the first table entry
+ * nearest to x / absmax, every operation rounded to `dtype`.
  */
 export function nf4Coder(table: ArrayLike<number>, dtype: FloatType) {
   const last = table.length - 1;

@@ -94,8 +94,8 @@ export interface AdamOptions {
 }
 
 /**
- * Adam with low-bit states (23). States shorter than 4,096 elements, or not a multiple of the block, stay in float32. Parameters are updated
- * in place with the moments before they are stored.
+ * Adam with low-bit states (23). States shorter than 4,096 elements, or not a multiple of the block, stay in float32.
+ * Parameters are updated in place with the moments before they are stored.
  */
 export class LowBitAdam {
   readonly #options: Required<AdamOptions>;

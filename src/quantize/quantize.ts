@@ -11,8 +11,8 @@ import { BLOCK_RULES, type BlockRule, type Procedure, type QuantizeOptions, type
 export type { QuantizeOptions } from "./rules.js";
 
 /**
- * Quantizes `data` [n, k] row-major, values of `dtype`, as `format.rule` says. Throws `format/block` when a block of the format
- * does not divide k and `shape/mismatch` when `data` is not n * k long.
+ * Quantizes `data` [n, k] row-major, values of `dtype`, as `format.rule` says. Throws `format/block` when a block of
+ * the format does not divide k and `shape/mismatch` when `data` is not n * k long.
  */
 export function quantizeTensor(
   data: Float32Array,
@@ -52,7 +52,9 @@ export interface QuantizeRowsOptions extends QuantizeOptions {
   readonly onProgress?: (rows: number, total: number, pass: number) => void;
 }
 
-/** `quantizeTensor` piece by piece, with the same result bit for bit. Throws `operation/aborted` once `signal` fires. */
+/**
+ * `quantizeTensor` piece by piece, with the same result bit for bit. Throws `operation/aborted` once `signal` fires.
+ */
 export async function quantizeRows(
   source: RowSource,
   format: Format,

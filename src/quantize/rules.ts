@@ -17,7 +17,9 @@ export interface QuantizeOptions {
   readonly perTensorScale?: number;
   /** Codebooks: a learned table [entries, v0 * v1] to use instead of learning one. */
   readonly table?: Float32Array;
-  /** Scales (and zero points) to use, one per block of the first level, instead of chosen ones; not for searching rules. */
+  /**
+   * Scales (and zero points) to use, one per block of the first level, instead of chosen ones; not for searching rules.
+   */
   readonly given?: { readonly scale: Float32Array; readonly zero?: Float32Array };
 }
 
@@ -54,7 +56,9 @@ export interface BlockRule {
   prepare?(x: Float32Array, begin: number, end: number, row: number): void;
   /** Chooses and stores the parameters of block `index`, which is in `column` of the current row of blocks. */
   choose(index: number, column: number, lo: number, hi: number): void;
-  /** Codes of x[begin .. end), which lie in the block of `column`, written to `out` from `at`; high bits do not matter. */
+  /**
+   * Codes of x[begin .. end), which lie in the block of `column`, written to `out` from `at`; high bits do not matter.
+   */
   encode(column: number, x: Float32Array, begin: number, end: number, out: Int32Array, at: number): void;
   /** Stores what needs every block. */
   end?(): void;

@@ -18,8 +18,8 @@ export function columnMaxima(data: Float32Array, k: number, into: Float32Array =
 }
 
 /**
- * Moves activation outliers into the weight [n, k] (17.1): factor = ax^alpha / aw^(1 - alpha), both maxima raised by 2^-23; alpha null leaves
- * the layer as it is. `activationMax` [k] is `columnMaxima` of all calibration inputs.
+ * Moves activation outliers into the weight [n, k] (17.1): factor = ax^alpha / aw^(1 - alpha), both maxima raised by
+ * 2^-23; alpha null leaves the layer as it is. `activationMax` [k] is `columnMaxima` of all calibration inputs.
  */
 export function smoothWeight(
   weight: Float32Array,

@@ -1,6 +1,9 @@
 import { FewbitError } from "../core/errors.js";
 
-/** Zeroes the two smallest magnitudes of every four consecutive elements; of equal ones the first goes (specification 18). */
+/**
+ * Zeroes the two smallest magnitudes of every four consecutive elements; of equal ones the first goes (specification
+ * 18).
+ */
 export function prune24(data: Float32Array): Float32Array {
   requireQuads(data.length);
   const out = data.slice();
@@ -20,8 +23,8 @@ export interface Compressed24<T> {
 }
 
 /**
- * Keeps two of every four consecutive elements (specification 18): the nonzero ones, in order. `isZero` tells which count as zero (codes have
- * two zeros in float formats). Of more than two nonzero elements the excess is dropped.
+ * Keeps two of every four consecutive elements (specification 18): the nonzero ones, in order. `isZero` tells which
+ * count as zero (codes have two zeros in float formats). Of more than two nonzero elements the excess is dropped.
  */
 export function compress24<T extends Float32Array | Int32Array | Uint8Array | Uint32Array>(
   data: T,
@@ -58,7 +61,10 @@ export function expand24<T extends Float32Array | Int32Array | Uint8Array | Uint
   return out;
 }
 
-/** Quad metadata [rows, k / 4] as little-endian words [rows, k / 4 / (bits / 4)] of 16 (2-byte elements) or 32 bits (int8). */
+/**
+ * Quad metadata [rows, k / 4] as little-endian words [rows, k / 4 / (bits / 4)] of 16 (2-byte elements) or 32 bits
+ * (int8).
+ */
 export function metadataWords(quads: Uint8Array, bits: 16 | 32): Int32Array {
   const each = bits / 4;
   const words = new Int32Array(quads.length / each);

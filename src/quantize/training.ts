@@ -9,8 +9,8 @@ export interface Float8TrainingCast {
 }
 
 /**
- * Casts an operand of a training GEMM to float8 (24): the scale multiplies, and is computed in float64 as max / amax. `gradOutput`
- * uses e5m2, everything else e4m3.
+ * Casts an operand of a training GEMM to float8 (24): the scale multiplies, and is computed in float64 as max / amax.
+ * `gradOutput` uses e5m2, everything else e4m3.
  */
 export function castFloat8Training(
   data: Float32Array,

@@ -1,5 +1,6 @@
 import { f32FromBits } from "../core/dtype.js";
-import { formatKey } from "../formats/format.js";
+import { blockGrid, codecBits, formatKey } from "../formats/format.js";
+import { unpackFlat } from "../formats/pack.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
 import { type DenseTensor, type HostTensor, isDense } from "../ir/tensor.js";
 import type { Allowed } from "./bounds.js";
@@ -89,10 +90,24 @@ function merge(a: Verdict, b: Verdict): Verdict {
   return { ...worse, failed: a.failed + b.failed, total: a.total + b.total };
 }
 
-/** Codes, scales and zero points bit for bit. */
+/** Codes (with the padding of their rows), scales and zero points bit for bit. */
 function compareStored(got: QuantizedTensor, expected: QuantizedTensor): Verdict {
   if (formatKey(got.format) !== formatKey(expected.format)) return compare([Number.NaN], [0], () => 0);
-  const words = (tensor: QuantizedTensor) => [tensor.qdata, ...tensor.scales, ...(tensor.zero ? [tensor.zero] : [])];
-  const [a, b] = [words(got), words(expected)];
+  const [a, b] = [storedCodes(got), storedCodes(expected)];
   return b.map((part, i) => compare(a[i] as Uint32Array, part, () => 0)).reduce(merge);
+}
+
+/** The words of the codes; the codes of scales and zero points, whose last words may hold anything after them. */
+function storedCodes({ format, shape, qdata, scales, zero }: QuantizedTensor): Uint32Array[] {
+  const parts = format.scales.map((level, i) => ({ level, codec: level.codec, words: scales[i] }));
+  const [first] = format.scales;
+  if (format.zero.domain !== "none" && first !== undefined)
+    parts.push({ level: first, codec: format.zero.codec, words: zero });
+  return [
+    qdata,
+    ...parts.map(({ level, codec, words }) => {
+      const [rows, columns] = blockGrid(level.block, shape);
+      return unpackFlat(words as Uint32Array, rows * columns, codecBits(codec));
+    }),
+  ];
 }

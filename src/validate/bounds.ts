@@ -3,6 +3,7 @@ import { blockGrid, extentOf, type Format } from "../formats/format.js";
 import { dequantize, type QuantizedTensor, scaleGranularity, zeroValues } from "../formats/tensor.js";
 import { keyRowOf, sdpaBound } from "../ir/attention.js";
 import { cacheRows } from "../ir/attention-shape.js";
+import { evaluateConv } from "../ir/conv.js";
 import { evaluateNode, exactValues, type Symbols, UNARY } from "../ir/evaluate.js";
 import { concreteShape, type Node, type TensorType } from "../ir/graph.js";
 import { type OpAttrs, type OpName, shapeRows, type UnaryFn } from "../ir/ops.js";
@@ -89,6 +90,22 @@ const exact: Rule<OpName> = (operands, _attrs, symbols, types, node) =>
 const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
   linear: ([x, weight, bias]) => [linear(x as Allowed, tensorOf(weight) as QuantizedTensor, bias && near(bias))],
 
+  /** A linear over the pixels that the kernel covers: run on magnitudes, the op itself gives the sum of |x w|. */
+  conv2d: ([x, weight, bias], attrs, _, __, node) => {
+    const image = tensorOf(x) as DenseTensor;
+    const tensor = tensorOf(weight) as QuantizedTensor;
+    const constant = bias === undefined ? undefined : Float32Array.from(floats(bias));
+    const value = evaluateConv(image, tensor, exactValues(tensor), constant, attrs);
+    const positive = { ...image, data: Float32Array.from(image.data, Math.abs) };
+    const size = evaluateConv(positive, tensor, magnitudes(tensor), constant?.map(Math.abs), attrs);
+    const roundings = 2 * Math.sqrt(tensor.shape[1] + node.inputs.length - 2) * U;
+    // The exact value was rounded to float32 once as well.
+    return result(value.shape, (i) => [
+      value.data[i] as number,
+      roundings * (size.data[i] as number) + 2 * halfUlp(value.data[i] as number),
+    ]);
+  },
+
   /** One decoded element, times the embedding's scale. */
   embedding: ([ids, table], { scale = 1 }) => {
     const tensor = tensorOf(table) as QuantizedTensor;
@@ -104,7 +121,8 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     });
   },
 
-  dequantize: ([x]) => {
+  dequantize: ([x], { dtype }, symbols, types, node) => {
+    if (dtype !== undefined) return exact([x as Allowed], {}, symbols, types, node);
     const tensor = tensorOf(x) as QuantizedTensor;
     const [values, sizes] = [dequantize(tensor), magnitudes(tensor)];
     const roundings = decodeRoundings(tensor.format);

@@ -139,6 +139,28 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
     }),
   },
 
+  conv2d: {
+    symbols: () => ({}),
+    build: ({ format, shape, options }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const [channels, out, size, groups] = ["channels", "out", "size", "groups"].map((name) => at(shape, name)) as [
+        number,
+        number,
+        number,
+        number,
+      ];
+      const input = sketch.graph.input("x", dense("f32", [2, channels, size, size]));
+      const weight = sketch.matrix("weight", format, [out, (9 * channels) / groups]);
+      const operands = [input, weight, ...(options?.bias ? [sketch.vector("bias", [out])] : [])];
+      const stride = at(shape, "stride");
+      const attrs = { kernel: [3, 3], stride: [stride, stride], padding: [1, 1], dilation: [1, 1], groups } as const;
+      return sketch.done({ y: sketch.graph.one("conv2d", operands, attrs) });
+    },
+    inputs: ({ shape }, _, seed) => ({
+      x: floats([2, at(shape, "channels"), at(shape, "size"), at(shape, "size")], seed),
+    }),
+  },
+
   embedding: {
     symbols: tokens,
     build: ({ format, shape, options }, max, seed) => {

@@ -50,10 +50,11 @@ export interface Row {
 }
 
 const f32 = FORMATS.f32;
-/** Tokens that select the three kinds of kernels: one row, a few, many. */
+/** Tokens that select the three kinds of kernels: one row, a few, many. A few rows share one row's text, repeated. */
 const ROWS: readonly Symbols[] = [{ T: 1 }, { T: 5 }, { T: 33 }];
+const ENDS: readonly Symbols[] = [{ T: 1 }, { T: 33 }];
 const FEW: readonly Symbols[] = [{ T: 1 }, { T: 5 }];
-const AT_3: readonly Symbols[] = ROWS.map(({ T }) => ({ T: T as number, P: 3 }));
+const AT_3: readonly Symbols[] = ENDS.map(({ T }) => ({ T: T as number, P: 3 }));
 const ROW: Block = [1, "all"];
 
 /** Every format with every block it is used with, each once; those with their own block first. */
@@ -97,7 +98,7 @@ function byRow(format: Format): Format {
 function linearRows(formats: readonly Format[]): Row[] {
   const rows: Row[] = [];
   const add = (variant: string, format: Format, shape: { n: number; k: number }, more: Partial<Row> = {}) => {
-    if (fits(format, shape.k)) rows.push({ op: "linear", variant, format, shape, runs: ROWS, quick: false, ...more });
+    if (fits(format, shape.k)) rows.push({ op: "linear", variant, format, shape, runs: ENDS, quick: false, ...more });
   };
   // 37 features are no multiple of a tile or a workgroup; 256 is a multiple of every block.
   for (const { format, own } of everyBlock(formats)) add("n37_k256", format, { n: 37, k: 256 }, { quick: own });
@@ -110,6 +111,10 @@ function linearRows(formats: readonly Format[]): Row[] {
     add("k36", format, { n: 5, k: 36 });
     add("k37_odd", format, { n: 5, k: 37 }, { runs: FEW });
   }
+  for (const [i, format] of [f32, FORMATS.int4_tinygemm, FORMATS.mxfp6_e3m2, FORMATS.codebook4_1x2].entries()) {
+    add("few", format, { n: 37, k: 256 }, { runs: ROWS.slice(1, 2), quick: i < 2 });
+  }
+  add("few", FORMATS.int8, { n: 37, k: 256 }, { activation: FORMATS.int8, runs: ROWS.slice(1, 2), quick: true });
   const { int8, int4_tinygemm, float8_e4m3, mxfp4, bf16, int8_asymmetric } = FORMATS;
   add("k36", int8, { n: 5, k: 36 }, { activation: int8 });
   add("k37_odd", int8, { n: 5, k: 37 }, { activation: int8_asymmetric, runs: FEW });
@@ -169,6 +174,18 @@ function otherRows(formats: readonly Format[]): Row[] {
       f32,
       { width: 37 },
       { options: { binary: fn, same: true }, runs: [{ T: 5 }], quick: false },
+    );
+  }
+  const image = { channels: 32, out: 5, size: 6, groups: 1, stride: 1 };
+  const { int4, int8_asymmetric } = FORMATS;
+  for (const format of [f32, withScale(int4, { block: [1, 32] }), int8_asymmetric, FORMATS.mxfp8_e4m3]) {
+    add("conv2d", "3x3", format, image, { runs: [{}], options: { bias: true } });
+    add(
+      "conv2d",
+      "grouped_stride2",
+      format,
+      { ...image, out: 6, groups: 2, channels: 64, stride: 2 },
+      { runs: [{}], quick: false },
     );
   }
   add("last_row", "rows", f32, { width: 77 });
@@ -259,9 +276,8 @@ function programOf(row: Row, base: number): CaseProgram {
   const largest = (name: string) => Math.max(...row.runs.map((symbols) => symbols[name] ?? 0));
   const max = Object.fromEntries(Object.keys(row.runs[0] ?? {}).map((name) => [name, largest(name)]));
   // Runs of few rows get kernels of their own, as a model's decoding does.
-  const buckets = [1, 8].filter(
-    (T) => T < (max.T ?? 0) && row.runs.some((run) => (run.T ?? 0) <= T && (run.T ?? 0) > (T === 8 ? 1 : 0)),
-  );
+  const all = row.runs.map((symbols) => symbols.T ?? 0);
+  const buckets = [1, 8].filter((T) => T < Math.max(...all) && all.some((t) => t <= T && t > (T === 1 ? 0 : 1)));
   return {
     id,
     op,

@@ -21,8 +21,8 @@ export interface AttentionShape {
 }
 
 /**
- * What a backend can do; every case is made of these. A backend leaves out what it lacks, and the cases that need it are reported
- * as unsupported, by name. Matrices are row-major; `f32` numbers only.
+ * What a backend can do; every case is made of these. A backend leaves out what it lacks, and the cases that need it
+ * are reported as unsupported, by name. Matrices are row-major; `f32` numbers only.
  */
 export interface GoldenPrimitives {
   /** Codes of float32 values. */
@@ -44,8 +44,9 @@ export interface GoldenPrimitives {
   /** softmax(q k^T / sqrt(size)) v; causal row i sees keys 0..i. */
   sdpa(q: Float32Array, k: Float32Array, v: Float32Array, shape: AttentionShape): Maybe<Float32Array>;
   /**
-   * Algorithms that have no device part: packing orders of other libraries, calibration, optimizers, training casts. They run on the
-   * host for every backend, so only the reference offers this; other backends report such cases as unsupported.
+   * Algorithms that have no device part: packing orders of other libraries, calibration, optimizers, training casts.
+   * They run on the host for every backend, so only the reference offers this; other backends report such cases as
+   * unsupported.
    */
   host: true;
 }
@@ -79,7 +80,9 @@ export interface GoldenContext {
   /** Leading dimensions folded into rows. */
   matrix(name: string): readonly [n: number, k: number];
   dtype(name: string): FloatType;
-  /** Hands over the result for a tensor; a name may be given more than once, and names that a case lacks are ignored. */
+  /**
+   * Hands over the result for a tensor; a name may be given more than once, and names that a case lacks are ignored.
+   */
   put(name: string, values: ArrayLike<number>): void;
   /** Quantizes a stored tensor with torchao's literal numerics. */
   quantize(name: string, format: Format, options?: QuantizeOptions): Promise<QuantizedTensor>;

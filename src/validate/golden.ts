@@ -48,8 +48,9 @@ export interface GoldenOptions {
 }
 
 /**
- * Runs every case of a manifest on a backend, in order. A case passes when every tensor it defines agrees under the manifest's tolerance;
- * a defined tensor that no result was given for fails it. Nothing is skipped: what a backend lacks is `unsupported` with the reason.
+ * Runs every case of a manifest on a backend, in order. A case passes when every tensor it defines agrees under the
+ * manifest's tolerance; a defined tensor that no result was given for fails it. Nothing is skipped: what a backend
+ * lacks is `unsupported` with the reason.
  */
 export async function* runGolden(options: GoldenOptions): AsyncGenerator<GoldenResult> {
   for (const golden of options.manifest.cases) {

@@ -119,19 +119,47 @@ export async function* runCases(
   options: RunCasesOptions = {},
 ): AsyncGenerator<CaseResult> {
   const oracle = options.oracle ?? makeOracle();
-  for (const program of programs) {
-    throwIfAborted(options.signal, "validating");
-    let loaded: Program | null = null;
-    try {
-      loaded = await load(device, program, options);
-      for (const run of program.runs) yield await runCase(device, program, run, loaded, oracle, options);
-    } catch (error) {
-      if (!(error instanceof FewbitError) || stops(error)) throw error;
-      for (const run of program.runs) yield describeError(device, program, run, error, options);
-    } finally {
-      loaded?.[Symbol.dispose]();
+  // Compiling takes most of the time and runs beside this thread: programs are loaded ahead of their turn.
+  const ahead: Promise<Program | FewbitError>[] = [];
+  const next = (index: number) => {
+    const program = programs[index];
+    if (program !== undefined)
+      ahead[index] = load(device, program, options).catch((error: unknown) => asFailure(error));
+  };
+  for (let i = 0; i < AHEAD; i++) next(i);
+  let done = 0;
+  try {
+    for (const [index, program] of programs.entries()) {
+      throwIfAborted(options.signal, "validating");
+      const loaded = await (ahead[index] as Promise<Program | FewbitError>);
+      next(index + AHEAD);
+      try {
+        for (const run of program.runs) {
+          if (loaded instanceof FewbitError) yield describeError(device, program, run, loaded, options);
+          else
+            yield await runCase(device, program, run, loaded, oracle, options).catch((error) =>
+              describeError(device, program, run, asFailure(error), options),
+            );
+        }
+      } finally {
+        if (!(loaded instanceof FewbitError)) loaded[Symbol.dispose]();
+        done = index + 1;
+      }
+    }
+  } finally {
+    for (const program of await Promise.all(ahead.slice(done))) {
+      if (!(program instanceof FewbitError)) program[Symbol.dispose]();
     }
   }
+}
+
+/** Programs that are compiled at a time. */
+const AHEAD = 3;
+
+/** Errors that concern one case; all others end the run. */
+function asFailure(error: unknown): FewbitError {
+  if (error instanceof FewbitError && !stops(error)) return error;
+  throw error;
 }
 
 const stops = (error: FewbitError): boolean =>

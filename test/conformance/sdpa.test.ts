@@ -2,8 +2,8 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { openWebGpu, type WebGpuDevice } from "../../src/backends/webgpu/device.js";
 import { evaluateSdpa, sdpaBound } from "../../src/ir/attention.js";
 import type { Node } from "../../src/ir/graph.js";
-import { ATTENTION_CASES, type NamedCase } from "../support/attention-cases.js";
 import { KernelRunner, operandsOf, sdpaGraph, symbolsOf } from "../support/attention.js";
+import { ATTENTION_CASES, type NamedCase } from "../support/attention-cases.js";
 
 let device: WebGpuDevice;
 let runner: KernelRunner;
@@ -24,7 +24,9 @@ async function runCase(named: NamedCase): Promise<Record<string, number>> {
   const types = node.inputs.map((id) => (graph.values[id] as (typeof graph.values)[number]).type);
   const symbols = symbolsOf(named);
   const operands = operandsOf(graph, named);
-  const values = node.inputs.map((id) => operands.get(graph.values[id]?.name as string) as NonNullable<ReturnType<typeof operands.get>>);
+  const values = node.inputs.map(
+    (id) => operands.get(graph.values[id]?.name as string) as NonNullable<ReturnType<typeof operands.get>>,
+  );
   const { value, bound } = sdpaBound(values, types, node.attrs, symbols);
   const worst = (out: ArrayLike<number>): number => {
     expect(out.length).toBe(value.length);
@@ -38,7 +40,10 @@ async function runCase(named: NamedCase): Promise<Record<string, number>> {
   };
   const found: Record<string, number> = { reference: worst(evaluateSdpa(values, types, node.attrs, symbols).data) };
   for (const id of KERNELS) {
-    const largest = { ...graph.symbols, T: id === "webgpu/sdpa/prefill" ? (graph.symbols.T as number) : named.tokens };
+    // A kernel is built for a bucket of lengths: few pipelines, and rows that a run leaves idle.
+    const bucket = [1, 4, 8, 32].find((tokens) => named.tokens <= tokens) ?? (graph.symbols.T as number);
+    const tokens = Math.min(id === "webgpu/sdpa/prefill" ? Number.POSITIVE_INFINITY : bucket, graph.symbols.T as number);
+    const largest = { ...graph.symbols, T: tokens };
     if (runner.unmet(id, graph, largest) !== null) continue;
     const { out, damaged } = await runner.run(id, graph, operands, symbols, largest);
     expect(damaged, `${id}: words changed outside its output`).toBe(0);

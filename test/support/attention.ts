@@ -224,10 +224,14 @@ export class KernelRunner {
       const pipeline = pipelines[i] as GPUComputePipeline;
       const entries = bindings.map(({ source }, at): GPUBindGroupEntry => {
         const binding = at + 1;
+        // The guard behind is bound too: WebGPU keeps writes inside a binding, so it must be there to be hit.
         const target =
           source.kind === "scratch" ? "scratch" : source.kind === "value" && source.id === outId ? "out" : null;
         if (target !== null)
-          return { binding, resource: { buffer: targets[target], offset: GUARD_BYTES, size: bytes[target] } };
+          return {
+            binding,
+            resource: { buffer: targets[target], offset: GUARD_BYTES, size: bytes[target] + GUARD_BYTES },
+          };
         return { binding, resource: { buffer: inputs.get((source as { id: number }).id) as GPUBuffer } };
       });
       const group = gpu.createBindGroup({

@@ -5,16 +5,18 @@ import { FORMATS } from "../../src/formats/table.js";
 
 /** Every codec with fixed values that a row of the table uses, once, with a name that tells apart codecs of one size. */
 export function fixedCodecs(): [name: string, codec: Codec][] {
-  const codecs = new Map<string, Codec>();
+  const codecs = new Map<string, [name: string, codec: Codec]>();
   for (const format of Object.values(FORMATS)) {
     const zero = format.zero.domain === "none" ? [] : [format.zero.codec];
     for (const codec of [format.element, ...format.scales.map((level) => level.codec), ...zero]) {
       const [rows, k] = codecVector(codec);
       if (codec.kind === "lut" && (codec.entries === "learned" || rows * k > 1)) continue;
-      codecs.set(JSON.stringify(codec), codec);
+      if (!codecs.has(JSON.stringify(codec))) {
+        codecs.set(JSON.stringify(codec), [codec.kind === "lut" ? format.name : codecName(codec), codec]);
+      }
     }
   }
-  return [...codecs.values()].map((codec) => [codecName(codec), codec]);
+  return [...codecs.values()];
 }
 
 /** All codes; of a wider codec every exponent with telling mantissas, and random ones. */
@@ -76,4 +78,15 @@ const isNan = (bits: number) => (bits & 0x7fffffff) > 0x7f800000;
 /** Whether float32 bits are equal, one NaN being as good as another. */
 export function sameNumber(a: number, b: number): boolean {
   return a === b || (isNan(a) && isNan(b));
+}
+
+/** Beyond a table's ends the nearest entry is the end; distances in float64 tell that only up to 2^52. */
+export function withinTable(codec: Codec, value: number): number {
+  if (codec.kind !== "lut" || codec.entries === "learned") return value;
+  return Math.min(Math.max(value, Math.min(...codec.entries)), Math.max(...codec.entries));
+}
+
+/** Whether two codes mean the same: JavaScript may change the payload of a NaN that passes through a number. */
+export function sameCode(codec: Codec, a: number, b: number): boolean {
+  return a === b || (codec.kind !== "lut" && Number.isNaN(decode(codec, a)) && Number.isNaN(decode(codec, b)));
 }

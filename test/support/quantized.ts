@@ -6,9 +6,10 @@ import {
 } from "../../src/backends/webgpu/kernels/quantize.js";
 import { layoutWords, storedLayout, tensorFromWords } from "../../src/backends/webgpu/layout.js";
 import { decode } from "../../src/formats/codec.js";
-import { blockGrid, type Codec, codecBits, codecVector, extentOf, type Format } from "../../src/formats/format.js";
+import { blockGrid, codecBits, codecVector, extentOf, type Format } from "../../src/formats/format.js";
 import { readCode, rowWords } from "../../src/formats/pack.js";
 import type { QuantizedTensor } from "../../src/formats/tensor.js";
+import { sameCode } from "./codecs.js";
 import type { TestGpu } from "./gpu.js";
 
 type Shape = readonly [rows: number, k: number];
@@ -71,8 +72,6 @@ export function differences(got: QuantizedTensor, expected: QuantizedTensor, lim
     if (found.length < limit) found.push(text);
   };
   const finite: boolean[] = [];
-  const same = (codec: Codec, a: number, b: number) =>
-    a === b || (Number.isNaN(decode(codec, a)) && Number.isNaN(decode(codec, b)));
   for (const [i, level] of format.scales.entries()) {
     const [bandCount, columns] = blockGrid(level.block, shape);
     const bits = codecBits(level.codec);
@@ -81,7 +80,7 @@ export function differences(got: QuantizedTensor, expected: QuantizedTensor, lim
         number,
         number,
       ];
-      if (!same(level.codec, a, b))
+      if (!sameCode(level.codec, a, b))
         note(`scale ${i} of block ${block}: ${decode(level.codec, a)}, expected ${decode(level.codec, b)}`);
       if (i === 0) finite[block] = Number.isFinite(decode(level.codec, b));
     }
@@ -95,7 +94,8 @@ export function differences(got: QuantizedTensor, expected: QuantizedTensor, lim
       const [a, b] = [got, expected].map((tensor) =>
         readCode(tensor.zero as Uint32Array, 0, block, codecBits(codec)),
       ) as [number, number];
-      if (!same(codec, a, b)) note(`zero point of block ${block}: ${decode(codec, a)}, expected ${decode(codec, b)}`);
+      if (!sameCode(codec, a, b))
+        note(`zero point of block ${block}: ${decode(codec, a)}, expected ${decode(codec, b)}`);
     }
   }
   const [patchRows, patchK] = codecVector(format.element);

@@ -108,21 +108,28 @@ export class BuildContext {
   layout(id: ValueId): StoredLayout {
     const type = this.type(id);
     if (type.kind !== "format") {
-      throw new FewbitError("graph/invalid", { where: this.bound.name(id), reason: "it is dense, a stored value is needed" });
+      throw new FewbitError("graph/invalid", {
+        where: this.bound.name(id),
+        reason: "it is dense, a stored value is needed",
+      });
     }
     return storedLayout(type.format, [this.rows(id, this.capacity), this.lastExtent(id)]);
   }
 
   /** How the rows of one or several weights lie on the device. */
   weights(ids: readonly ValueId[]): WeightGroup {
-    return weightGroup(ids.map((id) => [id, this.type(id)] as const), this.device.maxBinding);
+    return weightGroup(
+      ids.map((id) => [id, this.type(id)] as const),
+      this.device.maxBinding,
+    );
   }
 }
 
 /** Where a symbol stands in the uniform block `params`. */
 export function symbolWgsl(symbols: Readonly<Record<string, number>>, name: string): string {
   const index = Object.keys(symbols).indexOf(name);
-  if (index < 0) throw new FewbitError("graph/invalid", { where: `symbol ${name}`, reason: "the graph does not have it" });
+  if (index < 0)
+    throw new FewbitError("graph/invalid", { where: `symbol ${name}`, reason: "the graph does not have it" });
   return `params.v[${Math.floor(index / 4)}].${"xyzw"[index % 4]}`;
 }
 
@@ -130,20 +137,26 @@ export function symbolWgsl(symbols: Readonly<Record<string, number>>, name: stri
 export function weightGroup(weights: readonly (readonly [ValueId, TensorType])[], maxBinding: number): WeightGroup {
   const types = weights.map(([, type]) => type);
   const first = types[0];
-  if (first?.kind !== "format") throw new FewbitError("graph/invalid", { where: "weights", reason: "they are not stored in a format" });
+  if (first?.kind !== "format")
+    throw new FewbitError("graph/invalid", { where: "weights", reason: "they are not stored in a format" });
   const format = types.length > 1 ? rowwise(first.format) : first.format;
   const k = first.shape[1] as number;
   const rows = types.reduce((sum, type) => sum + (type.shape[0] as number), 0);
-  const step = format.scales.reduce((most, { block }) => (typeof block[0] === "number" ? Math.max(most, block[0]) : most), 4);
+  const step = format.scales.reduce(
+    (most, { block }) => (typeof block[0] === "number" ? Math.max(most, block[0]) : most),
+    4,
+  );
   let count = Math.max(rows, 1);
-  while (count > step && storedLayout(format, [count, k]).bytes > maxBinding) count = Math.ceil(count / 2 / step) * step;
+  while (count > step && storedLayout(format, [count, k]).bytes > maxBinding)
+    count = Math.ceil(count / 2 / step) * step;
   const slices: WeightSlice[] = [];
   for (let begin = 0; begin < rows; begin += count) {
     const end = Math.min(begin + count, rows);
     slices.push({ begin, end, layout: storedLayout(format, [end - begin, k]) });
   }
   const needed = slices[0]?.layout.bytes ?? 0;
-  if (needed > maxBinding) throw new FewbitError("plan/memory", { what: "a block of weight rows", needed, limit: maxBinding });
+  if (needed > maxBinding)
+    throw new FewbitError("plan/memory", { what: "a block of weight rows", needed, limit: maxBinding });
   return { ids: weights.map(([id]) => id), format, rows, k, slices };
 }
 

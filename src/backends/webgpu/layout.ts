@@ -46,7 +46,8 @@ export function layoutWords(tensor: QuantizedTensor): { layout: StoredLayout; wo
   words.set(tensor.qdata, 0);
   for (const [i, offset] of layout.scales.entries()) words.set(tensor.scales[i] as Uint32Array, offset);
   if (tensor.zero !== undefined) words.set(tensor.zero, layout.zero);
-  if (tensor.table !== undefined) words.set(new Uint32Array(tensor.table.buffer, tensor.table.byteOffset, tensor.table.length), layout.table);
+  if (tensor.table !== undefined)
+    words.set(new Uint32Array(tensor.table.buffer, tensor.table.byteOffset, tensor.table.length), layout.table);
   return { layout, words };
 }
 
@@ -61,7 +62,10 @@ export function tensorFromWords(layout: StoredLayout, words: Uint32Array, rows: 
     qdata: words.slice(0, parts.qdata),
     scales,
     ...(parts.zero > 0 ? { zero: words.slice(layout.zero, layout.zero + parts.zero) } : {}),
-    ...(layout.words > layout.table && parts.qdata > 0 && layout.format.element.kind === "lut" && layout.format.element.entries === "learned"
+    ...(layout.words > layout.table &&
+    parts.qdata > 0 &&
+    layout.format.element.kind === "lut" &&
+    layout.format.element.entries === "learned"
       ? { table: new Float32Array(words.slice(layout.table).buffer) }
       : {}),
   };

@@ -1,6 +1,16 @@
 import { convSize } from "../../../ir/conv.js";
 import type { Node, ValueId } from "../../../ir/graph.js";
-import { type BuildContext, type Dispatch, FLAT_WORKGROUP, flatGrid, read, shaderHead, value, type WebGpuKernel, write } from "../kernel.js";
+import {
+  type BuildContext,
+  type Dispatch,
+  FLAT_WORKGROUP,
+  flatGrid,
+  read,
+  shaderHead,
+  value,
+  type WebGpuKernel,
+  write,
+} from "../kernel.js";
 import { storedReader } from "../wgsl/stored.js";
 
 const THREADS = 64;

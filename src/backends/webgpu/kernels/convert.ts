@@ -14,8 +14,10 @@ export const CONVERT_KERNELS: readonly WebGpuKernel[] = [
     scratch: (bound) => quantizeText(bound, bound.graph.symbols, {}).scratchWords * 4,
     build: (context) => {
       const [x] = nodeOf<"quantize">(context.bound).inputs as [ValueId];
-      const { stride, column } = context.placement(x);
-      const rowsExpression = context.rowsWgsl(x);
+      const { attrs, outputs } = nodeOf<"quantize">(context.bound);
+      const rowsExpression = context.rowsWgsl(outputs[0] as ValueId);
+      // What is split into heads is a value of its own, never columns of another.
+      const { stride, column } = context.placement(attrs.heads === undefined ? x : (outputs[0] as ValueId));
       return passes(context, quantizeText(context.bound, context.capacity, { rowsExpression, x: { stride, column } }));
     },
   },
@@ -27,7 +29,7 @@ export const CONVERT_KERNELS: readonly WebGpuKernel[] = [
     build: (context) => {
       const [x] = nodeOf<"dequantize">(context.bound).inputs as [ValueId];
       const { format, shape } = context.layout(x);
-      return passes(context, dequantizeKernel(format, shape[1], shape[0], { rowsExpression: context.rowsWgsl(x) }));
+      return passes(context, dequantizeKernel(format, shape[1], shape[0], { ...nodeOf<"dequantize">(context.bound).attrs, rowsExpression: context.rowsWgsl(x) }));
     },
   },
 ];
@@ -41,10 +43,18 @@ function quantizeText(
   capacity: Readonly<Record<string, number>>,
   options: Parameters<typeof quantizeKernel>[3],
 ): KernelText {
-  const { attrs, inputs } = nodeOf<"quantize">(bound);
-  const shape = bound.type(inputs[0] as ValueId).shape.map((dim) => (typeof dim === "number" ? dim : (capacity[dim] as number)));
+  const { attrs, outputs } = nodeOf<"quantize">(bound);
+  const shape = bound
+    .type(outputs[0] as ValueId)
+    .shape.map((dim) => (typeof dim === "number" ? dim : (capacity[dim] as number)));
   const k = shape.at(-1) as number;
-  return quantizeKernel(attrs.format, k, shape.slice(0, -1).reduce((a, b) => a * b, 1), options);
+  const { format, heads: _, ...rule } = attrs;
+  return quantizeKernel(
+    format,
+    k,
+    shape.slice(0, -1).reduce((a, b) => a * b, 1),
+    { ...rule, ...options },
+  );
 }
 
 function passes(context: BuildContext, text: KernelText): Dispatch[] {
@@ -59,6 +69,6 @@ function passes(context: BuildContext, text: KernelText): Dispatch[] {
     label: context.bound.describe(),
     wgsl: pass.wgsl,
     bindings: pass.bindings.flatMap((name) => (name === "params" ? [] : [bind[name]])),
-    workgroups: (symbols) => pass.workgroups(context.rows(x, symbols)),
+    workgroups: (symbols) => pass.workgroups(context.rows(node.op === "quantize" ? out : x, symbols)),
   }));
 }

@@ -1,4 +1,4 @@
-import { f32Bits } from "../../../core/dtype.js";
+import { type FloatType, f32Bits } from "../../../core/dtype.js";
 import type { Codec } from "../../../formats/format.js";
 import { codecBits, codecVector, extentOf, type Format, midCode, type ScaleLevel } from "../../../formats/format.js";
 import { FLAT_WORKGROUP, flatGrid } from "../kernel.js";
@@ -19,7 +19,7 @@ export function dequantizeKernel(
   format: Format,
   k: number,
   capacityRows: number,
-  options: { readonly rowsExpression?: string } = {},
+  options: { readonly rowsExpression?: string; readonly dtype?: FloatType } = {},
 ): KernelText {
   const layout = storedLayout(format, [capacityRows, k]);
   const rows = `(${options.rowsExpression ?? "params.v[0].x"})`;
@@ -45,23 +45,25 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   if (at >= ${rows} * ${k}u) { return; }
   let row = at / ${k}u;
   let column = at % ${k}u;
-  out[at] = ${valueText(format)};
+  out[at] = ${valueText(format, options.dtype ?? "f32")};
 }
 `;
   const workgroups = (count: number) => flatGrid(Math.ceil((count * k) / THREADS));
   return { passes: [{ wgsl, entryPoint: "main", workgroups, bindings: ["params", "x", "out"] }], scratchWords: 0 };
 }
 
-function valueText({ element, scales, zero }: Format): string {
+/** Every operation is rounded to `dtype`, as torchao's dequantize does (`quantize/dequantize.ts`). */
+function valueText({ element, scales, zero }: Format, dtype: FloatType): string {
+  const round = (bits: string) => (dtype === "f32" ? bits : `exact_${dtype}(${bits})`);
   const scale = scales
     .map((_, i) => `scale_${i}(row, column)`)
     .reduceRight((a, b) => (a === "" ? b : `exact_mul(${a}, ${b})`), "");
   const middle = zero.domain === "float" ? midCode(element) : 0;
-  let value = "element(row, column)";
-  if (middle !== 0) value = `exact_sub(${value}, ${u(f32Bits(middle))})`;
-  if (zero.domain === "int") value = `exact_sub(${value}, zero_point(row, column))`;
-  if (scale !== "") value = `exact_mul(${value}, ${scale})`;
-  return zero.domain === "float" ? `exact_add(${value}, zero_point(row, column))` : value;
+  let value = round("element(row, column)");
+  if (middle !== 0) value = round(`exact_sub(${value}, ${u(f32Bits(middle))})`);
+  if (zero.domain === "int") value = round(`exact_sub(${value}, ${round("zero_point(row, column)")})`);
+  if (scale !== "") value = round(`exact_mul(${value}, ${scale})`);
+  return zero.domain === "float" ? round(`exact_add(${value}, zero_point(row, column))`) : value;
 }
 
 function zeroFunction({ scales, zero }: Format, layout: StoredLayout): string {

@@ -42,7 +42,8 @@ export const ELEMENTWISE_KERNELS: readonly WebGpuKernel[] = [
       };
       const left = `a[${at(a)}]`;
       const right = b === undefined ? "" : b === a ? left : `b[${at(b)}]`;
-      const result = node.op === "unary" ? `${node.attrs.fn}(${left})` : `${left} ${node.attrs.fn === "add" ? "+" : "*"} ${right}`;
+      const result =
+        node.op === "unary" ? `${node.attrs.fn}(${left})` : `${left} ${node.attrs.fn === "add" ? "+" : "*"} ${right}`;
       const wgsl = `${shaderHead(operands)}
 ${UNARY_WGSL}
 @compute @workgroup_size(${THREADS})

@@ -1,8 +1,24 @@
-import type { Capabilities } from "../../backend.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { type BuildContext, type Dispatch, FLAT_WORKGROUP, flatGrid, shaderHead, type WebGpuKernel } from "../kernel.js";
+import type { Capabilities } from "../../backend.js";
+import {
+  type BuildContext,
+  type Dispatch,
+  FLAT_WORKGROUP,
+  flatGrid,
+  shaderHead,
+  type WebGpuKernel,
+} from "../kernel.js";
 import { CHUNK } from "../wgsl/stored.js";
-import { accumulate, chunked, finish, hasFloatZero, type LinearParts, type LinearStep, linearParts, linearStep } from "./linear.js";
+import {
+  accumulate,
+  chunked,
+  finish,
+  hasFloatZero,
+  type LinearParts,
+  type LinearStep,
+  linearParts,
+  linearStep,
+} from "./linear.js";
 
 /** Activation rows that one GEMV dispatch takes. */
 const MAX_ROWS = 8;
@@ -24,7 +40,10 @@ const uniformSubgroups = {
 
 export function activationRows(bound: BoundStep): number {
   const { x } = linearStep(bound);
-  return bound.shape(x).slice(0, -1).reduce((a, b) => a * b, 1);
+  return bound
+    .shape(x)
+    .slice(0, -1)
+    .reduce((a, b) => a * b, 1);
 }
 
 /** Threads of a subgroup or of a part of the workgroup share an output feature and walk its chunks of K side by side. */
@@ -65,7 +84,9 @@ function buildGemv(context: BuildContext, subgroups: boolean): Dispatch[] {
     const parts = linearParts(context, step, groups, slice);
     const n = end - begin;
     const room = Math.floor((n * perRow) / (threads * BUSY_WORKGROUPS));
-    const features = wide ? Math.max(1, Math.min(MAX_FEATURES_PER_SUBGROUP / parts.weights.length / Math.min(rows, 4), room)) : 1;
+    const features = wide
+      ? Math.max(1, Math.min(MAX_FEATURES_PER_SUBGROUP / parts.weights.length / Math.min(rows, 4), room))
+      : 1;
     const perLane = 2 ** Math.floor(Math.log2(Math.max(1, features)));
     const stage = wide && parts.xStored === null ? stageChunks(chunks, rows, perRow) : 0;
     const workgroups = Math.ceil(n / ((threads / perRow) * perLane));
@@ -108,7 +129,9 @@ function gemvSource(context: BuildContext, parts: LinearParts, shape: Shape): st
       Array.from({ length: perLane * rows }, (_, i) => f(part, Math.floor(i / rows), i % rows)),
     );
   const name = (part: number, feature: number, m: number) => `sum${part}_${feature}_${m}`;
-  const declare = each((part, r, m) => `var ${name(part, r, m)}: ${accumulator} = 0;${zero ? ` var ${name(part, r, m)}_z: f32 = 0;` : ""}`);
+  const declare = each(
+    (part, r, m) => `var ${name(part, r, m)}: ${accumulator} = 0;${zero ? ` var ${name(part, r, m)}_z: f32 = 0;` : ""}`,
+  );
   const row = (m: number) => (rows === 1 ? "0u" : `min(${m}u, rows - 1u)`);
   const pitch = stage + 1;
   const loadX = (m: number) =>
@@ -117,8 +140,12 @@ function gemvSource(context: BuildContext, parts: LinearParts, shape: Shape): st
       : Array.from({ length: 8 }, (_, i) => `let x${m}_${i} = staged[${(m * 8 + i) * pitch}u + c - c0];`).join("\n");
   const multiply = parts.weights.flatMap((reader, part) =>
     Array.from({ length: perLane }, (_, r) => {
-      const load = parts.packedBytes ? reader.chunkWords(`w_`, `feature${r}`, "c") : reader.chunk(`w_`, `feature${r}`, "c");
-      const adds = Array.from({ length: rows }, (_, m) => accumulate(parts, part, name(part, r, m), `x${m}_`, "w_", row(m), `feature${r}`, "c"));
+      const load = parts.packedBytes
+        ? reader.chunkWords(`w_`, `feature${r}`, "c")
+        : reader.chunk(`w_`, `feature${r}`, "c");
+      const adds = Array.from({ length: rows }, (_, m) =>
+        accumulate(parts, part, name(part, r, m), `x${m}_`, "w_", row(m), `feature${r}`, "c"),
+      );
       return `{\n${load}\n${adds.join("\n")}\n}`;
     }),
   );
@@ -138,19 +165,27 @@ workgroupBarrier();
 for (var c = c0 + lane; c < min(c0 + ${stage}u, ${chunks}u); c += ${perRow}u) {\n${body}\n}
 }`;
   const values = each((part, r, m) => name(part, r, m)).flatMap((sum) =>
-    zero ? [{ sum, type: accumulator }, { sum: `${sum}_z`, type: "f32" }] : [{ sum, type: accumulator }],
+    zero
+      ? [
+          { sum, type: accumulator },
+          { sum: `${sum}_z`, type: "f32" },
+        ]
+      : [{ sum, type: accumulator }],
   );
   const reduce = subgroups
     ? values.map(({ sum }) => `${sum} = subgroupAdd(${sum});`).join("\n")
-    : values
-        .map(({ sum, type }) => {
-          const shared = type === "i32" ? "shared_i" : "shared_f";
-          return `${shared}[lid] = ${sum};
-workgroupBarrier();
-if (lane == 0u) { for (var i = 1u; i < ${perRow}u; i++) { ${sum} += ${shared}[lid + i]; } }
-workgroupBarrier();`;
-        })
-        .join("\n");
+    : // One barrier for all sums: SwiftShader's compiler takes a tenth of a second for each.
+      [
+        ...values.map(
+          ({ sum, type }, v) => `${type === "i32" ? "shared_i" : "shared_f"}[${v * threads}u + lid] = ${sum};`,
+        ),
+        "workgroupBarrier();",
+        `if (lane == 0u) { for (var i = 1u; i < ${perRow}u; i++) {`,
+        ...values.map(
+          ({ sum, type }, v) => `${sum} += ${type === "i32" ? "shared_i" : "shared_f"}[${v * threads}u + lid + i];`,
+        ),
+        "} }",
+      ].join("\n");
   const stores = Array.from({ length: perLane * rows }, (_, i) => {
     const [r, m] = [Math.floor(i / rows), i % rows];
     const sums = parts.weights.map((_, part) => finish(parts, part, name(part, r, m), `${m}u`, `feature${r}`));
@@ -159,8 +194,8 @@ workgroupBarrier();`;
   });
   const memory = [
     stage > 0 ? `var<workgroup> staged: array<vec4<f32>, ${rows * 8 * pitch}>;` : "",
-    subgroups ? "" : `var<workgroup> shared_f: array<f32, ${threads}>;`,
-    !subgroups && accumulator === "i32" ? `var<workgroup> shared_i: array<i32, ${threads}>;` : "",
+    subgroups ? "" : `var<workgroup> shared_f: array<f32, ${values.length * threads}>;`,
+    !subgroups && accumulator === "i32" ? `var<workgroup> shared_i: array<i32, ${values.length * threads}>;` : "",
   ];
   const builtins = subgroups ? ", @builtin(subgroup_invocation_id) lane: u32, @builtin(subgroup_id) group: u32" : "";
   return `${shaderHead(parts.operands, subgroups ? ["subgroups"] : [])}

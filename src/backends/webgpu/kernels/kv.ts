@@ -80,7 +80,10 @@ export function storeRow(layout: StoredLayout, buffer: string, threads: number):
       ${format.zero.domain === "none" ? "" : put("zero", codecBits(format.zero.codec), layout.zero)}
     }
     workgroupBarrier();`;
-  const code = level === undefined ? "code_of(bits, 0u, 0u)" : `code_of(bits, chosen[lid / ${width}u].a, chosen[lid / ${width}u].b)`;
+  const code =
+    level === undefined
+      ? "code_of(bits, 0u, 0u)"
+      : `code_of(bits, chosen[lid / ${width}u].a, chosen[lid / ${width}u].b)`;
   return `{
     ${choose}
     if (lid < ${size}u) { codes[lid] = ${code}; }

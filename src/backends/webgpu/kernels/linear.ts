@@ -32,12 +32,15 @@ export function linearStep(bound: BoundStep): LinearStep {
   const unary = nodes.find((node): node is Node<"unary"> => node.op === "unary");
   const binary = nodes.find((node): node is Node<"binary"> => node.op === "binary");
   const first = linears[0];
-  if (first === undefined) throw new FewbitError("graph/invalid", { where: bound.describe(), reason: "it holds no linear" });
+  if (first === undefined)
+    throw new FewbitError("graph/invalid", { where: bound.describe(), reason: "it holds no linear" });
   let epilogue: Epilogue = { kind: "none" };
   let ordered = linears;
   if (unary !== undefined && binary !== undefined) {
     epilogue = { kind: "gated", fn: unary.attrs.fn };
-    ordered = [...linears].sort((a, b) => Number(b.outputs[0] === unary.inputs[0]) - Number(a.outputs[0] === unary.inputs[0]));
+    ordered = [...linears].sort(
+      (a, b) => Number(b.outputs[0] === unary.inputs[0]) - Number(a.outputs[0] === unary.inputs[0]),
+    );
   } else if (unary !== undefined) epilogue = { kind: "unary", fn: unary.attrs.fn };
   else if (binary !== undefined) {
     epilogue = { kind: "residual", other: binary.inputs.find((id) => id !== first.outputs[0]) as ValueId };
@@ -101,7 +104,12 @@ export interface LinearParts {
   xScale(m: string, k: string): string;
 }
 
-export function linearParts(context: BuildContext, step: LinearStep, groups: readonly WeightGroup[], slice: number): LinearParts {
+export function linearParts(
+  context: BuildContext,
+  step: LinearStep,
+  groups: readonly WeightGroup[],
+  slice: number,
+): LinearParts {
   const operands: Operand[] = [];
   const bind = (name: string, type: string, binding: Binding) => void operands.push({ name, type, binding });
   const xType = context.type(step.x);
@@ -159,7 +167,9 @@ export function linearParts(context: BuildContext, step: LinearStep, groups: rea
       }
       const lines = [`let ${out}_at = (${m} * ${stride}u + ${column}u) / 4u + ${c} * 8u;`];
       for (let i = 0; i < 8; i++) {
-        lines.push(`let ${out}${i} = ${guard(i, `x4[${ragged ? `min(${out}_at + ${i}u, arrayLength(&x4) - 1u)` : `${out}_at + ${i}u`}]`, "vec4<f32>")};`);
+        lines.push(
+          `let ${out}${i} = ${guard(i, `x4[${ragged ? `min(${out}_at + ${i}u, arrayLength(&x4) - 1u)` : `${out}_at + ${i}u`}]`, "vec4<f32>")};`,
+        );
       }
       return lines.join("\n");
     },
@@ -190,7 +200,16 @@ export function linearParts(context: BuildContext, step: LinearStep, groups: rea
  * Statements that add one chunk's products to `sum`: x chunk `X`, weight chunk `W` (names of declared vec4s), row m, output
  * row n, chunk c. With `scaleAfter` the sum holds bare code products (i32 when both are integers).
  */
-export function accumulate(parts: LinearParts, part: number, sum: string, x: string, w: string, m: string, n: string, c: string): string {
+export function accumulate(
+  parts: LinearParts,
+  part: number,
+  sum: string,
+  x: string,
+  w: string,
+  m: string,
+  n: string,
+  c: string,
+): string {
   const weights = parts.weights[part] as StoredReader;
   const vectors = parts.segment / 4;
   const lines: string[] = [];

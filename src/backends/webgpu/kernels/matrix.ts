@@ -1,7 +1,16 @@
 import type { Codec } from "../../../formats/format.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { type BuildContext, type Dispatch, flatGrid, read, shaderHead, value, type WebGpuKernel, write } from "../kernel.js";
+import {
+  type BuildContext,
+  type Dispatch,
+  flatGrid,
+  read,
+  shaderHead,
+  value,
+  type WebGpuKernel,
+  write,
+} from "../kernel.js";
 import { CHUNK, type StoredReader } from "../wgsl/stored.js";
 import { activationRows } from "./gemv.js";
 import { chunked, type LinearParts, type LinearStep, linearParts, linearStep } from "./linear.js";
@@ -33,9 +42,12 @@ const exactOperands: Requirement = {
       const type = bound.type(id);
       if (type.kind === "dense") continue;
       const { format } = type;
-      if (!exactInF16(format.element)) return `${bound.name(id)}: ${format.name} holds values that are not exact in f16`;
-      if (format.zero.domain === "int" && format.zero.codec.kind !== "int") return `${bound.name(id)}: its zero point is not an integer`;
-      if (format.zero.domain === "float") return `${bound.name(id)}: a float zero point cannot be folded into f16 exactly`;
+      if (!exactInF16(format.element))
+        return `${bound.name(id)}: ${format.name} holds values that are not exact in f16`;
+      if (format.zero.domain === "int" && format.zero.codec.kind !== "int")
+        return `${bound.name(id)}: its zero point is not an integer`;
+      if (format.zero.domain === "float")
+        return `${bound.name(id)}: a float zero point cannot be folded into f16 exactly`;
       if (format.scales.some(({ block }) => block[1] !== "all" && block[1] < k)) {
         return `${bound.name(id)}: its scale changes along K, and the scaled values are not exact in f16`;
       }
@@ -58,7 +70,9 @@ const matrixUnit: Requirement = {
     }
     if (!device.features.has("subgroup-matrix-f16-f32-16x16x16")) return "its matrix unit has no f16 to f32 16x16x16";
     const [min, max] = device.subgroupSize;
-    return min === SUBGROUP && max === SUBGROUP ? null : `its subgroups must have ${SUBGROUP} invocations: ${min} to ${max}`;
+    return min === SUBGROUP && max === SUBGROUP
+      ? null
+      : `its subgroups must have ${SUBGROUP} invocations: ${min} to ${max}`;
   },
 };
 
@@ -89,7 +103,10 @@ function buildMatrix(context: BuildContext): Dispatch[] {
   const split = isSplit(context.bound);
   const products = (groups[0]?.slices ?? []).map(({ begin, end }, slice): Dispatch => {
     const parts = linearParts(context, step, groups, slice);
-    const operands = [...parts.operands, ...(split ? [{ name: "row_scale", type: "f32", binding: read({ kind: "scratch" }) }] : [])];
+    const operands = [
+      ...parts.operands,
+      ...(split ? [{ name: "row_scale", type: "f32", binding: read({ kind: "scratch" }) }] : []),
+    ];
     return {
       label: context.bound.describe(),
       wgsl: matrixSource(context, step, parts, operands, end - begin, split),
@@ -149,9 +166,13 @@ function matrixSource(
   const put = (tile: string, i: number, vector: string) =>
     `{ let h = ${half(vector)}; ${[0, 1, 2, 3].map((lane) => `${tile}[slot + ${i * 4 + lane}u] = h.${"xyzw"[lane]};`).join(" ")} }`;
   const eight = (f: (i: number) => string) => Array.from({ length: 8 }, (_, i) => f(i)).join("\n");
-  const loadX = parts.packedBytes && parts.xStored !== null ? parts.xStored.chunk("v", "row", "c") : parts.loadX("v", "row", "c");
+  const loadX =
+    parts.packedBytes && parts.xStored !== null ? parts.xStored.chunk("v", "row", "c") : parts.loadX("v", "row", "c");
   const fillX = split
-    ? eight((i) => `{ let s = v${i} * scale; let hi = ${elevenBits("s")};\n${put("x_hi", i, "hi")}\n${put("x_lo", i, "s - hi")} }`)
+    ? eight(
+        (i) =>
+          `{ let s = v${i} * scale; let hi = ${elevenBits("s")};\n${put("x_hi", i, "hi")}\n${put("x_lo", i, "s - hi")} }`,
+      )
     : eight((i) => put("x_hi", i, `vec4<f32>(v${i})`));
   const fillW = (part: number) => {
     const reader = parts.weights[part] as StoredReader;
@@ -160,18 +181,27 @@ function matrixSource(
   const quarter = TILE / 2 / UNIT;
   const pairs = Array.from({ length: quarter * quarter }, (_, i) => [Math.floor(i / quarter), i % quarter] as const);
   const result = `subgroup_matrix_result<f32, ${UNIT}, ${UNIT}>`;
-  const clear = parts.weights.flatMap((_, part) => pairs.map(([i, j]) => `acc${part}_${i}${j} = ${result}();`)).join("\n");
+  const clear = parts.weights
+    .flatMap((_, part) => pairs.map(([i, j]) => `acc${part}_${i}${j} = ${result}();`))
+    .join("\n");
   const multiply = Array.from({ length: CHUNK / UNIT }, (_, s) => {
     const at = (tile: string, base: string) => `&${tile}, (${base}) * ${PITCH}u + ${s * UNIT}u, ${PITCH}u`;
     const lefts = ["hi", ...(split ? ["lo"] : [])].flatMap((which) =>
-      Array.from({ length: quarter }, (_, i) => `let ${which}${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, ${UNIT}, ${UNIT}>, row_major>(${at(`x_${which}`, `sm + ${i * UNIT}u`)});`),
+      Array.from(
+        { length: quarter },
+        (_, i) =>
+          `let ${which}${i} = subgroupMatrixLoad<subgroup_matrix_left<f16, ${UNIT}, ${UNIT}>, row_major>(${at(`x_${which}`, `sm + ${i * UNIT}u`)});`,
+      ),
     );
     const products = parts.weights.flatMap((_, part) =>
       Array.from({ length: quarter }, (_, j) => {
         const load = `let right${part}_${j} = subgroupMatrixLoad<subgroup_matrix_right<f16, ${UNIT}, ${UNIT}>, col_major>(${at(`w${part}_tile`, `sn + ${j * UNIT}u`)});`;
         const adds = Array.from({ length: quarter }, (_, i) =>
           ["hi", ...(split ? ["lo"] : [])]
-            .map((which) => `acc${part}_${i}${j} = subgroupMatrixMultiplyAccumulate(${which}${i}, right${part}_${j}, acc${part}_${i}${j});`)
+            .map(
+              (which) =>
+                `acc${part}_${i}${j} = subgroupMatrixMultiplyAccumulate(${which}${i}, right${part}_${j}, acc${part}_${i}${j});`,
+            )
             .join("\n"),
         );
         return [load, ...adds].join("\n");
@@ -186,7 +216,10 @@ function matrixSource(
   /** Moves the exact f32 integer sums of a run into i32 before they can round. */
   const flush = pairs
     .map(([i, j], pair) => {
-      const adds = parts.weights.map((_, part) => `total${part}[${pair * perLane}u + e] += i32(stage${part}[sg * ${UNIT * UNIT}u + e * ${SUBGROUP}u + lane]);`);
+      const adds = parts.weights.map(
+        (_, part) =>
+          `total${part}[${pair * perLane}u + e] += i32(stage${part}[sg * ${UNIT * UNIT}u + e * ${SUBGROUP}u + lane]);`,
+      );
       return `${parts.weights.map((_, part) => stage(part, i, j)).join("\n")}
 workgroupBarrier();
 for (var e = 0u; e < ${perLane}u; e++) { ${adds.join(" ")} }
@@ -196,7 +229,9 @@ workgroupBarrier();`;
   const drain = pairs
     .map(([i, j], pair) => {
       const sums = parts.weights.map((reader, part) => {
-        const sum = integer ? `f32(total${part}[${pair * perLane}u + e])` : `stage${part}[sg * ${UNIT * UNIT}u + e * ${SUBGROUP}u + lane]`;
+        const sum = integer
+          ? `f32(total${part}[${pair * perLane}u + e])`
+          : `stage${part}[sg * ${UNIT * UNIT}u + e * ${SUBGROUP}u + lane]`;
         const xScale = split ? `(1.0 / row_scale[m])` : parts.xScale("m", "0u");
         return `(${sum} * (${reader.scale("f", "0u")}) * (${xScale}))`;
       });

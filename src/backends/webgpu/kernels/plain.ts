@@ -1,4 +1,14 @@
-import { type BuildContext, type Dispatch, FLAT_WORKGROUP, flatGrid, read, shaderHead, value, type WebGpuKernel, write } from "../kernel.js";
+import {
+  type BuildContext,
+  type Dispatch,
+  FLAT_WORKGROUP,
+  flatGrid,
+  read,
+  shaderHead,
+  value,
+  type WebGpuKernel,
+  write,
+} from "../kernel.js";
 import { storedReader } from "../wgsl/stored.js";
 import { UNARY_WGSL } from "./elementwise.js";
 import { linearStep } from "./linear.js";
@@ -23,9 +33,15 @@ function buildPlain(context: BuildContext): Dispatch[] {
   return (groups[0]?.slices ?? []).map(({ begin, end }, slice) => {
     const operands = [
       { name: "x", type: xType.kind === "format" ? "u32" : "f32", binding: read(value(step.x)) },
-      ...groups.map((group, i) => ({ name: `w${i}`, type: "u32", binding: read({ kind: "weights", ids: group.ids, slice }) })),
+      ...groups.map((group, i) => ({
+        name: `w${i}`,
+        type: "u32",
+        binding: read({ kind: "weights", ids: group.ids, slice }),
+      })),
       ...step.biases.map((ids, i) => ({ name: `bias${i}`, type: "f32", binding: read({ kind: "dense", ids }) })),
-      ...(step.epilogue.kind === "residual" ? [{ name: "residual", type: "f32", binding: read(value(step.epilogue.other)) }] : []),
+      ...(step.epilogue.kind === "residual"
+        ? [{ name: "residual", type: "f32", binding: read(value(step.epilogue.other)) }]
+        : []),
       { name: "out", type: "f32", binding: write(value(step.out)) },
     ];
     const readers = groups.map((group, i) =>
@@ -67,7 +83,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
       wgsl,
       bindings: operands.map((operand) => operand.binding),
       workgroups: (symbols) =>
-        flatGrid(Math.ceil((context.rows(step.x, symbols) * (end - begin)) / THREADS), context.device.maxWorkgroupsPerDimension),
+        flatGrid(
+          Math.ceil((context.rows(step.x, symbols) * (end - begin)) / THREADS),
+          context.device.maxWorkgroupsPerDimension,
+        ),
     };
   });
 }

@@ -2,26 +2,23 @@ import { FewbitError } from "../../../core/errors.js";
 import { codecBits, extentOf, type Format, formatKey } from "../../../formats/format.js";
 import { requireBlocks } from "../../../quantize/quantize.js";
 import { FLAT_WORKGROUP, flatGrid } from "../kernel.js";
-import { type StoredLayout, storedLayout } from "../layout.js";
-import { EXACT } from "../wgsl/exact.js";
-import { type RuleOptions, type RuleText, ruleObstacle, ruleText } from "../wgsl/rules.js";
+import { storedLayout } from "../layout.js";
+import { type RuleOptions, ruleObstacle, ruleText } from "../wgsl/rules.js";
+import {
+  head,
+  type Job,
+  type KernelPass,
+  type KernelText,
+  loadScratch,
+  loadX,
+  type PassBinding,
+  reduction,
+  STORE_EXTREMES,
+  THREADS,
+} from "./reduce.js";
+import { scalerPasses } from "./scalers.js";
 
-/** What a generated pass binds: binding i is `bindings[i]`. `params` is the uniform block, the others are words. */
-export type PassBinding = "params" | "x" | "out" | "scratch";
-
-/** One dispatch of a generated kernel. `workgroups` maps the actual number of rows to a grid. */
-export interface KernelPass {
-  readonly wgsl: string;
-  readonly entryPoint: "main";
-  readonly workgroups: (rows: number) => [number, number, number];
-  readonly bindings: readonly PassBinding[];
-}
-
-/** Passes that run one after another, and the words of scratch memory they share. */
-export interface KernelText {
-  readonly passes: readonly KernelPass[];
-  readonly scratchWords: number;
-}
+export type { KernelPass, KernelText, PassBinding } from "./reduce.js";
 
 export interface QuantizeKernelOptions extends RuleOptions {
   /** The rows of this run, a WGSL expression of type u32; `params` is `struct Params { v: array<vec4<u32>, 4> }`. */
@@ -76,137 +73,23 @@ export function quantizeKernel(
   const outer = outerPasses(job);
   const extremes = fused ? (outer.length > 1 ? 2 * capacityRows : 0) : parametersAt(job);
   return {
-    passes: [...outer, ...(fused ? [fusedPass(job)] : [extremesPass(job), choosePass(job), encodePass(job)])],
-    scratchWords: extremes + (fused ? 0 : 2 * blockCount(job, capacityRows)),
+    passes: [
+      ...outer,
+      ...(fused ? [fusedPass(job)] : [extremesPass(job), choosePass(job), encodePass(job)]),
+      ...scalerPasses(job, blockTotal(job), (rows) => blockCount(job, rows)),
+    ],
+    scratchWords: Math.max(extremes + (fused ? 0 : 2 * blockCount(job, capacityRows)), job.rule.scalers ? 4 : 0),
   };
-}
-
-interface Job {
-  readonly layout: StoredLayout;
-  readonly rule: RuleText;
-  readonly rows: string;
-  readonly x: { readonly stride: number; readonly column: number };
-  /** Bits of an element code. */
-  readonly bits: number;
-  /** Elements of a block along k, blocks along k, and rows of a block (null is all). */
-  readonly width: number;
-  readonly columns: number;
-  readonly height: number | null;
 }
 
 function blockCount({ columns, height }: Job, rows: number): number {
   return (height === null ? Math.min(rows, 1) : Math.ceil(rows / height)) * columns;
 }
 
-/** Threads of a workgroup. */
-const THREADS = 256;
-
-/** A kernel that reduces runs of values to their extremes and does something with each run. */
-interface Reduction {
-  readonly bindings: readonly PassBinding[];
-  readonly functions?: string;
-  /** Threads that share a run: a power of two. */
-  readonly lanes: number;
-  /** Runs of a workgroup: a multiple of THREADS / lanes. */
-  readonly chunk: number;
-  /** The number of runs, in WGSL and here. */
-  readonly total: string;
-  readonly count: (rows: number) => number;
-  /** Statements that widen the keys `low` and `high` by the part of run `block` that falls to thread `lane`. */
-  readonly load: string;
-  /** What one thread does with run `block`, number `slot` of the workgroup, whose extremes are the bits `lo` and `hi`. */
-  readonly finish: string;
-  /** What all threads do after that; `first` is the workgroup's first run. */
-  readonly after?: string;
+/** The same in WGSL. */
+function blockTotal({ columns, height, rows }: Job): string {
+  return `${height === null ? `min(${rows}, 1u)` : `((${rows} + ${height - 1}u) / ${height}u)`} * ${columns}u`;
 }
-
-function reduction(job: Job, spec: Reduction): KernelPass {
-  const { lanes, chunk } = spec;
-  const slots = THREADS / lanes;
-  const wgsl = `${head(job, spec.bindings)}
-var<workgroup> lows: array<u32, ${THREADS}>;
-var<workgroup> highs: array<u32, ${THREADS}>;
-${spec.functions ?? ""}
-@compute @workgroup_size(${THREADS})
-fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-  let first = ${FLAT_WORKGROUP} * ${chunk}u;
-  let total = ${spec.total};
-  if (first >= total) { return; }
-  let lane = thread % ${lanes}u;
-  for (var round = 0u; round < ${chunk / slots}u; round++) {
-    let slot = round * ${slots}u + thread / ${lanes}u;
-    let block = first + slot;
-    var low = 0xffffffffu;
-    var high = 0u;
-    if (block < total) {
-      ${spec.load}
-    }
-    lows[thread] = low;
-    highs[thread] = high;
-    workgroupBarrier();
-    for (var half = ${lanes >> 1}u; half > 0u; half >>= 1u) {
-      if (lane < half) {
-        lows[thread] = min(lows[thread], lows[thread + half]);
-        highs[thread] = max(highs[thread], highs[thread + half]);
-      }
-      workgroupBarrier();
-    }
-    if (lane == 0u && block < total) {
-      let lo = exact_from_key(lows[thread]);
-      let hi = exact_from_key(highs[thread]);
-      ${spec.finish}
-    }
-    workgroupBarrier();
-  }
-  ${spec.after ?? ""}
-}
-`;
-  const workgroups = (rows: number) => flatGrid(Math.ceil(spec.count(rows) / chunk));
-  return { wgsl, entryPoint: "main", workgroups, bindings: spec.bindings };
-}
-
-function head({ rule, x, layout }: Job, bindings: readonly PassBinding[]): string {
-  const { outer } = rule;
-  const declarations = bindings.map((name, i) => {
-    if (name === "params") return `@group(0) @binding(${i}) var<uniform> params: Params;`;
-    return `@group(0) @binding(${i}) var<storage, ${name === "x" ? "read" : "read_write"}> ${name}: array<u32>;`;
-  });
-  const outerValue = (): string => {
-    if (outer === undefined || !bindings.includes("out")) return "0u";
-    return `outer_value(out[${layout.scales[1]}u${outer.per === "row" ? " + row" : ""}])`;
-  };
-  // A NaN is both the least and the greatest of its run.
-  return `struct Params { v: array<vec4<u32>, 4> }
-${declarations.join("\n")}
-${EXACT}${rule.functions}${outer?.functions ?? ""}
-fn low_key(bits: u32) -> u32 { return select(exact_key(bits), 0u, exact_is_nan(bits)); }
-fn high_key(bits: u32) -> u32 { return select(exact_key(bits), 0xffffffffu, exact_is_nan(bits)); }
-fn outer_at(row: u32) -> u32 { return ${outerValue()}; }
-${bindings.includes("x") ? `fn x_at(row: u32, column: u32) -> u32 { return x[row * ${x.stride}u + column + ${x.column}u]; }` : ""}`;
-}
-
-/** Widens by `length` values of x from column `start` of `row`; `prepare` replaces them first. */
-function loadX(row: string, start: string, length: number, lanes: number, prepare: boolean): string {
-  return `let row = ${row};
-      ${prepare ? "let outer = outer_at(row);" : ""}
-      for (var i = lane; i < ${length}u; i += ${lanes}u) {
-        let bits = x_at(row, ${start} + i);
-        let value = ${prepare ? "prepare(bits, outer)" : "bits"};
-        low = min(low, low_key(value));
-        high = max(high, high_key(value));
-      }`;
-}
-
-/** Widens by extremes in scratch that an earlier pass left: `count` pairs, `index` of `i` says which. */
-function loadScratch(count: string, index: string, lanes: number): string {
-  return `for (var i = lane; i < ${count}; i += ${lanes}u) {
-        low = min(low, scratch[2u * (${index})]);
-        high = max(high, scratch[2u * (${index}) + 1u]);
-      }`;
-}
-
-const STORE_EXTREMES = `scratch[2u * block] = lows[thread];
-      scratch[2u * block + 1u] = highs[thread];`;
 
 /** The second scale level, which the blocks need before they are looked at. */
 function outerPasses(job: Job): KernelPass[] {
@@ -350,7 +233,6 @@ function choosePass(job: Job): KernelPass {
   const { columns, height, rows } = job;
   const lanes = 64;
   const chunk = Math.max(THREADS / lanes, blocksPerWord(job));
-  const bands = height === null ? `min(${rows}, 1u)` : `((${rows} + ${height - 1}u) / ${height}u)`;
   const top = height === null ? "0u" : `(block / ${columns}u * ${height}u)`;
   const tall = height === null ? rows : `min(${height}u, ${rows} - ${top})`;
   return reduction(job, {
@@ -358,7 +240,7 @@ function choosePass(job: Job): KernelPass {
     lanes,
     chunk,
     functions: `var<workgroup> chosen: array<Chosen, ${chunk}>;`,
-    total: `${bands} * ${columns}u`,
+    total: blockTotal(job),
     count: (n) => blockCount(job, n),
     load: loadScratch(tall, `(${top} + i) * ${columns}u + block % ${columns}u`, lanes),
     finish: `chosen[slot] = choose(lo, hi, outer_at(${top}));

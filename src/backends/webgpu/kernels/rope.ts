@@ -2,41 +2,61 @@ import { type Format, formatKey } from "../../../formats/format.js";
 import { cacheRows, type KeyRows } from "../../../ir/attention-shape.js";
 import type { Node, ValueId } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { type BuildContext, type Dispatch, FLAT_WORKGROUP, flatGrid, read, shaderHead, value, type WebGpuKernel, write } from "../kernel.js";
+import {
+  type BuildContext,
+  type Dispatch,
+  FLAT_WORKGROUP,
+  flatGrid,
+  read,
+  shaderHead,
+  value,
+  type WebGpuKernel,
+  write,
+} from "../kernel.js";
 import { EXACT } from "../wgsl/exact.js";
 import { keyRowFunction, rowFunctions, rowObstacle, storeRow } from "./kv.js";
 
 /** A head has at most this many elements: one a thread. */
 const MOST = 256;
 
-/** One stream of heads through the step: rotated or not, into a dense value or into a cache. */
+/** One stream of heads through the step: rotated or not, into a dense value, a stored value or a cache. */
 interface Stream {
   readonly source: ValueId;
   readonly heads: number;
   readonly rope: Node<"rope"> | undefined;
   readonly target: ValueId;
   /** Null for a dense target. */
-  readonly cache: { readonly rows: KeyRows; readonly format: Format; readonly pages: ValueId | undefined } | null;
+  readonly format: Format | null;
+  readonly cache: { readonly rows: KeyRows; readonly pages: ValueId | undefined } | null;
   readonly position: string;
 }
 
-/** Follows each rope's or cache write's operand back to where it enters the step. */
+/** Follows each result's operand back to where it enters the step. */
 function streams(bound: BoundStep): Stream[] {
   const { nodes, outputs } = bound.step;
-  const ropes = new Map(nodes.filter((node): node is Node<"rope"> => node.op === "rope").map((node) => [node.outputs[0], node]));
+  const ropes = new Map(
+    nodes.filter((node): node is Node<"rope"> => node.op === "rope").map((node) => [node.outputs[0], node]),
+  );
   const found: Stream[] = [];
   for (const node of nodes) {
     const out = node.outputs[0] as ValueId;
+    const [first, second, pages] = node.inputs as readonly [ValueId, ValueId, ValueId | undefined];
     if (node.op === "kv_write") {
-      const [target, x, pages] = node.inputs as readonly [ValueId, ValueId, ValueId | undefined];
-      const rope = ropes.get(x);
-      const type = bound.type(target) as Extract<ReturnType<BoundStep["type"]>, { kind: "format" }>;
-      const rows = cacheRows(node.inputs.map((id) => bound.type(id)), node.attrs, bound.name(out));
-      const cache = { rows, format: type.format, pages };
-      found.push({ source: rope?.inputs[0] ?? x, heads: rows.kvHeads, rope, target, cache, position: node.attrs.position });
-    }
-    if (node.op === "rope" && outputs.includes(out)) {
-      found.push({ source: node.inputs[0] as ValueId, heads: node.attrs.heads, rope: node, target: out, cache: null, position: node.attrs.position });
+      const rope = ropes.get(second);
+      const types = node.inputs.map((id) => bound.type(id));
+      const { format } = types[0] as Extract<(typeof types)[number], { kind: "format" }>;
+      const rows = cacheRows(types, node.attrs, bound.name(out));
+      const { position } = node.attrs;
+      const source = rope?.inputs[0] ?? second;
+      found.push({ source, heads: rows.kvHeads, rope, target: first, format, cache: { rows, pages }, position });
+    } else if (node.op === "quantize") {
+      const rope = ropes.get(first) as Node<"rope">;
+      const { heads, position } = rope.attrs;
+      const { format } = node.attrs;
+      found.push({ source: rope.inputs[0] as ValueId, heads, rope, target: out, format, cache: null, position });
+    } else if (node.op === "rope" && outputs.includes(out)) {
+      const { heads, position } = node.attrs;
+      found.push({ source: first, heads, rope: node, target: out, format: null, cache: null, position });
     }
   }
   return found;
@@ -57,12 +77,13 @@ export const ROPE_KERNELS: readonly WebGpuKernel[] = [
           if (sizes.size > 1) return `its heads differ in size: ${[...sizes].join(", ")}`;
           const [size] = sizes as unknown as [number];
           if (size > MOST) return `the head dimension must be at most ${MOST}: it is ${size}`;
-          for (const { cache } of all) {
-            const obstacle = cache === null ? null : rowObstacle(cache.format, size);
+          for (const { format } of all) {
+            const obstacle = format === null ? null : rowObstacle(format, size);
             if (obstacle !== null) return obstacle;
           }
-          const caches = all.flatMap(({ cache }) => (cache === null ? [] : [`${formatKey(cache.format)} ${JSON.stringify(cache.rows)} ${cache.pages}`]));
-          return new Set(caches).size > 1 ? "its caches differ in format or extents" : null;
+          const formats = new Set(all.flatMap(({ format }) => (format === null ? [] : [formatKey(format)])));
+          const rows = new Set(all.flatMap(({ cache }) => (cache === null ? [] : [JSON.stringify(cache)])));
+          return formats.size > 1 || rows.size > 1 ? "its caches differ in format or extents" : null;
         },
       },
     ],
@@ -75,13 +96,20 @@ function buildRope(context: BuildContext): Dispatch[] {
   const all = streams(context.bound);
   const first = all[0] as Stream;
   const table = all.find(({ rope }) => rope !== undefined)?.rope?.inputs[1];
-  const cache = all.find((stream) => stream.cache !== null);
+  const cache = all.find((stream) => stream.cache !== null)?.cache;
+  const format = all.find((stream) => stream.format !== null)?.format;
   const sources = [...new Set(all.map(({ source }) => context.placement(source).root))];
   const operands = [
     ...sources.map((root, i) => ({ name: `x${i}`, type: "u32", binding: read(value(root)) })),
-    ...(table === undefined ? [] : [{ name: "angles", type: "u32", binding: read({ kind: "dense", ids: [table] } as const) }]),
-    ...(cache?.cache?.pages === undefined ? [] : [{ name: "pages", type: "u32", binding: read(value(cache.cache.pages)) }]),
-    ...all.map((stream, i) => ({ name: `out${i}`, type: stream.cache === null ? "u32" : "atomic<u32>", binding: write(value(stream.target)) })),
+    ...(table === undefined
+      ? []
+      : [{ name: "angles", type: "u32", binding: read({ kind: "dense", ids: [table] } as const) }]),
+    ...(cache?.pages === undefined ? [] : [{ name: "pages", type: "u32", binding: read(value(cache.pages)) }]),
+    ...all.map((stream, i) => ({
+      name: `out${i}`,
+      type: stream.format === null ? "u32" : "atomic<u32>",
+      binding: write(value(stream.target)),
+    })),
   ];
   const size = sizeOfHead(context.bound, first);
   const threads = Math.max(32, 2 ** Math.ceil(Math.log2(size)));
@@ -96,10 +124,11 @@ function buildRope(context: BuildContext): Dispatch[] {
     const start = `let start = t * ${stride}u + ${column}u + head * ${size}u;`;
     const load = stream.rope === undefined ? `bits = ${x}[start + e];` : rotation(x, stream.rope, size);
     const out = context.placement(stream.target);
+    const row = stream.cache === null ? `t * ${stream.heads}u + head` : "key_row(0u, head, position + t)";
     const store =
-      stream.cache === null
+      stream.format === null
         ? `if (lid < ${size}u) { out${i}[t * ${out.stride}u + ${out.column}u + head * ${size}u + lid] = bits; }`
-        : `let row = key_row(0u, head, position + t);\n    ${storeRow(context.layout(stream.target), `out${i}`, threads)}`;
+        : `let row = ${row};\n    ${storeRow(context.layout(stream.target), `out${i}`, threads)}`;
     return `if (${condition}) {
     ${head} ${start}
     ${load}
@@ -108,7 +137,8 @@ function buildRope(context: BuildContext): Dispatch[] {
   });
   const wgsl = `${shaderHead(operands)}
 ${EXACT}
-${cache?.cache == null ? "" : `${keyRowFunction(cache.cache.rows, `${cache.cache.rows.keys}u`)}\n${rowFunctions(cache.cache.format, size, threads)}`}
+${cache ? keyRowFunction(cache.rows, `${cache.rows.keys}u`) : ""}
+${format ? rowFunctions(format, size, threads) : ""}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let index = ${FLAT_WORKGROUP};
@@ -125,7 +155,8 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
       label: context.bound.describe(),
       wgsl,
       bindings: operands.map((operand) => operand.binding),
-      workgroups: (symbols) => flatGrid(context.rows(first.source, symbols) * units, context.device.maxWorkgroupsPerDimension),
+      workgroups: (symbols) =>
+        flatGrid(context.rows(first.source, symbols) * units, context.device.maxWorkgroupsPerDimension),
     },
   ];
 }

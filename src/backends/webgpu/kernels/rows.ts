@@ -1,5 +1,15 @@
 import type { Node, ValueId } from "../../../ir/graph.js";
-import { type BuildContext, type Dispatch, FLAT_WORKGROUP, flatGrid, read, shaderHead, value, type WebGpuKernel, write } from "../kernel.js";
+import {
+  type BuildContext,
+  type Dispatch,
+  FLAT_WORKGROUP,
+  flatGrid,
+  read,
+  shaderHead,
+  value,
+  type WebGpuKernel,
+  write,
+} from "../kernel.js";
 import { CHUNK, chunkObstacle, storedReader } from "../wgsl/stored.js";
 
 const THREADS = 64;
@@ -77,7 +87,9 @@ fn main(${BUILTINS}) {
         unmet: (bound) => {
           const table = (bound.step.nodes[0] as Node<"embedding">).inputs[1] as ValueId;
           const type = bound.type(table);
-          return type.kind === "format" ? chunkObstacle(type.format, bound.shape(table)[1] as number) : "its table is dense";
+          return type.kind === "format"
+            ? chunkObstacle(type.format, bound.shape(table)[1] as number)
+            : "its table is dense";
         },
       },
     ],

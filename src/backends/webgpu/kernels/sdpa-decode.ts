@@ -47,7 +47,8 @@ export function buildDecode(context: BuildContext, split: boolean): Dispatch[] {
   const { attrs, shape } = text;
   const { batch, kvHeads } = shape;
   const rows = rowsOf(bound);
-  const extent = (dim: string | number, symbols: Readonly<Record<string, number>>) => (typeof dim === "number" ? dim : (symbols[dim] ?? 0));
+  const extent = (dim: string | number, symbols: Readonly<Record<string, number>>) =>
+    typeof dim === "number" ? dim : (symbols[dim] ?? 0);
   /** Keys that some query of the step sees, at most. */
   const keys = (symbols: Readonly<Record<string, number>>) => {
     const tokens = extent(shape.tokens, symbols);
@@ -72,7 +73,8 @@ export function buildDecode(context: BuildContext, split: boolean): Dispatch[] {
     { name: "out", type: "vec4<f32>", binding: write(value(out)) },
   ];
   const tokens = context.dimWgsl(shape.tokens);
-  const seen = attrs.position === undefined ? context.dimWgsl(shape.keys) : `${context.symbolWgsl(attrs.position)} + ${tokens}`;
+  const seen =
+    attrs.position === undefined ? context.dimWgsl(shape.keys) : `${context.symbolWgsl(attrs.position)} + ${tokens}`;
   const most = attrs.window === undefined ? `(${seen})` : `min(${seen}, ${attrs.window}u)`;
   return [
     walk,
@@ -161,14 +163,16 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     side[lid] = most;
     ${tree((a, c) => `max(${a}, ${c})`)}
     ${each((r) => `let top${r} = tops[${r}]; let next${r} = max(top${r}, side[${r * lanes}u]);`)}
-    ${each((r) => `{
+    ${each(
+      (r) => `{
       let score = weight[${r * BLOCK}u + lid];
       let p = select(0.0, exp(score - next${r}), score > ${REAL});
       let factor = select(exp(top${r} - next${r}), 1.0, top${r} == next${r});
       weight[${r * BLOCK}u + lid] = rounded(p);
       total${r} = total${r} * factor + p;
       acc${r} *= factor;
-    }`)}
+    }`,
+    )}
     workgroupBarrier();
     if (lane == 0u && mine < ${count}u) { tops[mine] = max(tops[mine], side[lid]); }
     if (part < ${parts}u) {
@@ -187,14 +191,16 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   ${tree((a, c) => `${a} + ${c}`)}
   if (lane == 0u && mine < ${count}u) { totals[mine] = side[lid]; }
   workgroupBarrier();
-  ${each((r) => `sums[lid] = acc${r};
+  ${each(
+    (r) => `sums[lid] = acc${r};
   workgroupBarrier();
   if (part == 0u) {
     var sum = vec4<f32>();
     for (var x = column; x < ${parts * vectors}u; x += ${vectors}u) { sum += sums[x]; }
     ${store(r)}
   }
-  workgroupBarrier();`)}
+  workgroupBarrier();`,
+  )}
 }`;
 }
 

@@ -46,7 +46,11 @@ function prefillSource(text: SdpaText): string {
   const sink = text.sink("head_of(r0 + lid / 2u, h)");
   const guard = (load: string, ok: string) => `tile[slot] = vec4<f32>(); if (${ok}) { tile[slot] = ${load}; }`;
   const inside = (i: string) => (ragged ? ` && ${i} < ${vectors}u` : "");
-  const fill = (tile: string, ok: string, load: string) => `for (var n = lid; n < ${TILE * VECTORS}u; n += ${THREADS}u) {
+  const fill = (
+    tile: string,
+    ok: string,
+    load: string,
+  ) => `for (var n = lid; n < ${TILE * VECTORS}u; n += ${THREADS}u) {
       let line = n / ${VECTORS}u; let i = c * ${VECTORS}u + n % ${VECTORS}u; let slot = line * ${PITCH}u + n % ${VECTORS}u;
       ${guard(load, `${ok}${inside("i")}`).replaceAll("tile[", `${tile}[`)}
     }`;
@@ -102,7 +106,10 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
   var top = ${NONE};
   var total = 0.0;
   ${sink === null ? "" : `if (r0 + lid / 2u < rows) { top = ${sink}; total = f32(1u - lid % 2u); }`}
-  ${accumulators.flat().map((name) => `var ${name} = vec4<f32>();`).join(" ")}
+  ${accumulators
+    .flat()
+    .map((name) => `var ${name} = vec4<f32>();`)
+    .join(" ")}
   for (var begin = first; begin < last; begin += ${TILE}u) {
     ${each((i) => `var sum${i} = vec4<f32>();`).join(" ")}
     for (var c = 0u; c < ${chunks}u; c++) {

@@ -1,7 +1,7 @@
+import { FORMATS } from "../../../formats/table.js";
 import { type AttentionShape, attentionShape } from "../../../ir/attention-shape.js";
 import type { Node, ValueId } from "../../../ir/graph.js";
 import type { SdpaAttrs, SdpaExtra } from "../../../ir/ops.js";
-import { FORMATS } from "../../../formats/table.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import type { Capabilities } from "../../backend.js";
@@ -35,7 +35,11 @@ export interface SdpaStep {
 
 export function sdpaStep(bound: BoundStep): SdpaStep {
   const node = bound.step.nodes[0] as Node<"sdpa">;
-  const shape = attentionShape(node.inputs.map((id) => bound.type(id)), node.attrs, bound.describe());
+  const shape = attentionShape(
+    node.inputs.map((id) => bound.type(id)),
+    node.attrs,
+    bound.describe(),
+  );
   const { attrs } = node;
   return { node, attrs, shape, group: attrs.heads / attrs.kvHeads, extra: (name) => node.inputs[shape.extra[name]] };
 }
@@ -58,13 +62,17 @@ export const sdpaRequirements: readonly Requirement[] = [
   {
     unmet: (bound) => {
       const { size } = sdpaStep(bound).shape;
-      return size % 4 === 0 && size <= 256 ? null : `the head dimension must be a multiple of 4 up to 256: it is ${size}`;
+      return size % 4 === 0 && size <= 256
+        ? null
+        : `the head dimension must be a multiple of 4 up to 256: it is ${size}`;
     },
   },
   {
     unmet: (bound, device) => {
       const needed = bound.step.inputs.length + 1;
-      return needed <= device.maxStorageBuffers ? null : `it binds ${needed} buffers: ${device.maxStorageBuffers} are allowed`;
+      return needed <= device.maxStorageBuffers
+        ? null
+        : `it binds ${needed} buffers: ${device.maxStorageBuffers} are allowed`;
     },
   },
 ];
@@ -93,12 +101,14 @@ export function sdpaText(context: BuildContext, out: Binding, outType: string, w
   const { heads } = attrs;
   const [q, k, v] = node.inputs as readonly [ValueId, ValueId, ValueId];
   const operands: Operand[] = [];
-  const bind = (name: string, type: string, id: ValueId) => void operands.push({ name, type, binding: read(value(id)) });
+  const bind = (name: string, type: string, id: ValueId) =>
+    void operands.push({ name, type, binding: read(value(id)) });
 
   const extras: Readonly<Record<SdpaExtra, string>> = { mask: "u32", sinks: withSinks ? "f32" : "", pages: "u32" };
   const functions: string[] = [];
   const tokens = context.dimWgsl(shape.tokens);
-  const rowAt = (b: string, head: string, t: string) => (tokenMajor ? `(${t} * ${heads}u + ${head})` : `((${b} * ${heads}u + ${head}) * ${tokens} + ${t})`);
+  const rowAt = (b: string, head: string, t: string) =>
+    tokenMajor ? `(${t} * ${heads}u + ${head})` : `((${b} * ${heads}u + ${head}) * ${tokens} + ${t})`;
   const signature = "fn query_vec(b: u32, head: u32, t: u32, i: u32) -> vec4<f32>";
   if (context.type(q).kind === "format") {
     bind("q", "u32", q);
@@ -108,18 +118,25 @@ export function sdpaText(context: BuildContext, out: Binding, outType: string, w
     bind("q", "vec4<f32>", q);
     const { stride, column } = context.placement(q);
     const flat = context.type(q).shape.length === 2;
-    const at = flat ? `(t * ${stride}u + ${column}u + head * ${size}u) / 4u` : `${rowAt("b", "head", "t")} * ${size / 4}u`;
+    const at = flat
+      ? `(t * ${stride}u + ${column}u + head * ${size}u) / 4u`
+      : `${rowAt("b", "head", "t")} * ${size / 4}u`;
     functions.push(`${signature} { return q[${at} + i] * ${floatText(attrs.scale)}; }`);
   }
 
   // The same buffer is bound a second time as vectors where that leaves room for everything else.
   const used = Object.entries(shape.extra).filter(([name, at]) => at >= 0 && extras[name as SdpaExtra] !== "");
   const wide = 6 + used.length <= context.device.maxStorageBuffers;
-  for (const [prefix, name, id] of [["kr", "keys", k], ["vr", "values", v]] as const) {
+  for (const [prefix, name, id] of [
+    ["kr", "keys", k],
+    ["vr", "values", v],
+  ] as const) {
     const { root } = context.placement(id);
     bind(name, "u32", root);
     if (wide) bind(`${name}4`, "vec4<u32>", root);
-    functions.push(reader(prefix, layoutOf(context, root, size), { buffer: name, ...(wide ? { buffer4: `${name}4` } : {}) }));
+    functions.push(
+      reader(prefix, layoutOf(context, root, size), { buffer: name, ...(wide ? { buffer4: `${name}4` } : {}) }),
+    );
   }
   for (const [name] of used) bind(name, extras[name as SdpaExtra], step.extra(name as SdpaExtra) as ValueId);
   operands.push({ name: "out", type: outType, binding: out });
@@ -127,7 +144,11 @@ export function sdpaText(context: BuildContext, out: Binding, outType: string, w
   const keys = context.dimWgsl(shape.keys);
   const position = attrs.position === undefined ? "0u" : context.symbolWgsl(attrs.position);
   const seen = attrs.position === undefined ? keys : `${position} + ${tokens}`;
-  functions.push(keyRowFunction(shape, keys), scoreFunctions(attrs, shape, { position, seen, tokens, keys }), roundedFunction(attrs));
+  functions.push(
+    keyRowFunction(shape, keys),
+    scoreFunctions(attrs, shape, { position, seen, tokens, keys }),
+    roundedFunction(attrs),
+  );
   return {
     ...step,
     operands,
@@ -141,10 +162,16 @@ export function sdpaText(context: BuildContext, out: Binding, outType: string, w
 
 /** The storage of k or v: float32 rows of whole vec4s lie as the format f32 does. */
 function layoutOf(context: BuildContext, id: ValueId, size: number): StoredLayout {
-  return context.type(id).kind === "format" ? context.layout(id) : storedLayout(FORMATS.f32, [context.rows(id, context.capacity), size]);
+  return context.type(id).kind === "format"
+    ? context.layout(id)
+    : storedLayout(FORMATS.f32, [context.rows(id, context.capacity), size]);
 }
 
-function reader(prefix: string, layout: StoredLayout, names: { readonly buffer: string; readonly buffer4?: string }): string {
+function reader(
+  prefix: string,
+  layout: StoredLayout,
+  names: { readonly buffer: string; readonly buffer4?: string },
+): string {
   const made = storedReader(prefix, layout, names);
   return `${made.functions}\n${vectorFunction(prefix, layout, made, names)}`;
 }
@@ -160,10 +187,17 @@ function scoreFunctions(
     ...(causal ? ["j <= p"] : window === undefined ? [] : [`j < p + ${window}u`]),
     ...(window === undefined ? [] : [`j + ${window}u > p`]),
   ];
-  const to = causal ? "min(p + 1u, seen_keys())" : window === undefined ? "seen_keys()" : `min(p + ${window}u, seen_keys())`;
+  const to = causal
+    ? "min(p + 1u, seen_keys())"
+    : window === undefined
+      ? "seen_keys()"
+      : `min(p + ${window}u, seen_keys())`;
   const lines: string[] = [];
   // tanh by exp: WGSL's may err by 1e-5, which a soft-cap multiplies.
-  if (softcap !== undefined) lines.push(`s = ${floatText(softcap)} * sign(s) * (1.0 - 2.0 / (exp(2.0 * min(abs(s) / ${floatText(softcap)}, 15.0)) + 1.0));`);
+  if (softcap !== undefined)
+    lines.push(
+      `s = ${floatText(softcap)} * sign(s) * (1.0 - 2.0 / (exp(2.0 * min(abs(s) / ${floatText(softcap)}, 15.0)) + 1.0));`,
+    );
   if (shape.extra.mask >= 0) {
     const b = shape.mask.batch ? "b" : "0u";
     const head = shape.mask.heads ? `(${b} * ${heads}u + head)` : b;
@@ -192,5 +226,7 @@ fn rounded(p: f32) -> f32 { return p_value(p_code(p * ${floatText(scale)})) * ${
 
 /** Says why a kernel needs more workgroup memory than there is, or null. */
 export function memoryUnmet(needed: number, device: Capabilities): string | null {
-  return needed <= device.workgroupMemory ? null : `it needs ${needed} bytes of workgroup memory: ${device.workgroupMemory} are allowed`;
+  return needed <= device.workgroupMemory
+    ? null
+    : `it needs ${needed} bytes of workgroup memory: ${device.workgroupMemory} are allowed`;
 }

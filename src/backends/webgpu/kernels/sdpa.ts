@@ -1,8 +1,8 @@
+import type { Requirement } from "../../../plan/select.js";
 import type { WebGpuKernel } from "../kernel.js";
 import { buildDecode, decodeMemory, splitScratch } from "./sdpa-decode.js";
 import { buildPrefill, PREFILL_MEMORY, PREFILL_TILE } from "./sdpa-prefill.js";
 import { keyExtent, memoryUnmet, queryRows, sdpaRequirements, sdpaStep } from "./sdpa-step.js";
-import type { Requirement } from "../../../plan/select.js";
 
 /** Query rows of a KV head that decode kernels take; with more, keys would be read again for every 8. */
 const FEW_ROWS = 32;
@@ -12,7 +12,9 @@ const LONG = 1024;
 const fewRows: Requirement = {
   unmet: (bound) => {
     const rows = queryRows(bound);
-    return rows <= FEW_ROWS ? null : `a KV head has ${rows} query rows (tokens x ${sdpaStep(bound).group} heads): at most ${FEW_ROWS}`;
+    return rows <= FEW_ROWS
+      ? null
+      : `a KV head has ${rows} query rows (tokens x ${sdpaStep(bound).group} heads): at most ${FEW_ROWS}`;
   },
 };
 const decodeFits: Requirement = { unmet: (bound, device) => memoryUnmet(decodeMemory(bound), device) };

@@ -19,7 +19,9 @@ export const TILE_KERNELS: readonly WebGpuKernel[] = [
       {
         unmet: (_, device) => {
           const needed = 3 * TILE * PITCH * 16;
-          return needed <= device.workgroupMemory ? null : `it needs ${needed} bytes of workgroup memory: ${device.workgroupMemory} are allowed`;
+          return needed <= device.workgroupMemory
+            ? null
+            : `it needs ${needed} bytes of workgroup memory: ${device.workgroupMemory} are allowed`;
         },
       },
     ],
@@ -152,7 +154,9 @@ function scaledW(reader: StoredReader, integer: boolean, vector: string, i: numb
 function scaleSegment(parts: LinearParts, at: string): string {
   const lines: string[] = [];
   for (const [part, reader] of parts.weights.entries()) {
-    const scales = Array.from({ length: MICRO }, (_, j) => reader.scale(`min(n0 + tn * ${MICRO}u + ${j}u, feature_last)`, at));
+    const scales = Array.from({ length: MICRO }, (_, j) =>
+      reader.scale(`min(n0 + tn * ${MICRO}u + ${j}u, feature_last)`, at),
+    );
     lines.push(`let ws${part} = vec4<f32>(${scales.join(", ")});`);
     for (let i = 0; i < MICRO; i++) {
       const xScale = parts.xScale(`min(m0 + tm * ${MICRO}u + ${i}u, rows - 1u)`, at);

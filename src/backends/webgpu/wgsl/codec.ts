@@ -37,7 +37,7 @@ function functionText(signature: string, body: readonly string[]): string {
 const INFINITY = 0x7f800000;
 const NAN = 0x7fc00000;
 /** An unsigned literal of WGSL and of C++. */
-export const u = (value: number): string => `${value >>> 0}u`;
+export const u = (value: number): string => (value < 0x100 ? `${value >>> 0}u` : `0x${(value >>> 0).toString(16)}u`);
 
 /** Integers this narrow are exact in float32 and fit the arithmetic below. */
 const WIDEST_INT = 16;

@@ -1,8 +1,8 @@
 import { type FloatType, f32Bits, roundTo } from "../../../core/dtype.js";
-import { floatFields, maxValue } from "../../../formats/codec.js";
-import { type Codec, codecBits, type Format, type Rule } from "../../../formats/format.js";
+import { decodeTable, floatFields, maxValue } from "../../../formats/codec.js";
+import { type Codec, codecBits, codecName, type Format, type Rule } from "../../../formats/format.js";
 import { SMALLEST_NORMAL } from "../../../quantize/affine.js";
-import { scaleDtype } from "../../../quantize/rules.js";
+import { LEAST_TENSOR_SCALE, scaleDtype } from "../../../quantize/rules.js";
 import { decodeFunction, encodeFunction, u } from "./codec.js";
 
 /**
@@ -24,6 +24,8 @@ export interface RuleText {
     /** Whether `fn prepare(x: u32, outer: u32) -> u32` replaces every value first. */
     readonly prepares: boolean;
   };
+  /** Scales of blocks are left unrounded and then quantized themselves, so many at a time, in steps of this type (15). */
+  readonly scalers?: { readonly count: number; readonly dtype: FloatType };
 }
 
 export interface RuleOptions {
@@ -43,7 +45,7 @@ interface Context {
 }
 type RuleOf<Kind extends Rule["kind"]> = Extract<Rule, { kind: Kind }>;
 type Generator<Kind extends Rule["kind"]> = (context: Context, rule: RuleOf<Kind>) => RuleText;
-type DeviceKind = "cast" | "affine" | "amax" | "mslk_int4" | "mx" | "nvfp4";
+type DeviceKind = "cast" | "affine" | "amax" | "mslk_int4" | "mx" | "nvfp4" | "nf4";
 
 const GENERATORS: { readonly [Kind in DeviceKind]: Generator<Kind> } = {
   cast,
@@ -52,23 +54,30 @@ const GENERATORS: { readonly [Kind in DeviceKind]: Generator<Kind> } = {
   mslk_int4: mslkInt4,
   mx,
   nvfp4,
+  nf4,
 };
 
-const ON_HOST: Readonly<Record<Exclude<Rule["kind"], DeviceKind>, string>> = {
-  nf4: "its block scales are themselves quantized around a float64 mean over the whole tensor",
+type HostKind = Exclude<Rule["kind"], DeviceKind>;
+/** Rules for weights, which are quantized on the host, once. */
+const ON_HOST: Readonly<Record<HostKind, string>> = {
   hqq: "it searches for scales and zero points",
   hqq_scale: "it searches for scales",
   sinq: "it normalizes columns and rows in turn",
   codebook: "it learns a table",
 };
 
-/** Why a format's rule has no WGSL, or null. Such formats are for weights, which the host quantizes. */
+/** Why a format's rule has no WGSL, or null. */
 export function ruleObstacle(format: Format): string | null {
-  const { kind } = format.rule;
-  if (!(kind in GENERATORS)) return `rule ${kind} runs on the host: ${ON_HOST[kind as keyof typeof ON_HOST]}`;
-  if ((kind === "affine" || kind === "mslk_int4") && format.element.kind !== "int")
-    return `rule ${kind} makes integer codes`;
-  return null;
+  const { element, rule, zero } = format;
+  if (!(rule.kind in GENERATORS)) return `rule ${rule.kind} runs on the host: ${ON_HOST[rule.kind as HostKind]}`;
+  if (rule.kind === "nf4" && !isSortedTable(format))
+    return "rule nf4 needs a sorted table of numbers and float32 scales";
+  if (rule.kind !== "affine" && rule.kind !== "mslk_int4") return null;
+  if (element.kind !== "int") return `rule ${rule.kind} makes integer codes`;
+  if (rule.kind !== "affine" || zero.domain !== "int") return null;
+  if (zero.codec.kind !== "int") return "its zero points count codes and are not stored as integers";
+  // Integers up to here are bfloat16 numbers, so no rounding moves a code across a bound.
+  return Math.max(-rule.min, rule.max) > 256 ? "its codes exceed 256" : null;
 }
 
 /** The functions of a format's rule; `ruleObstacle` must be null. They need `EXACT`. */
@@ -307,9 +316,6 @@ fn code_of(x: u32, a: u32, b: u32) -> u32 { return element_bits(${saturated(elem
   };
 }
 
-/** As `quantize/rules.ts`: the smallest per-tensor scale of the guarded rule. */
-const LEAST_TENSOR_SCALE = 2 ** -120;
-
 function nvfp4({ format, guarded, perTensorScale }: Context, rule: RuleOf<"nvfp4">): RuleText {
   const { element } = format;
   const block = firstScale(format) as Extract<Codec, { kind: "float" }>;
@@ -330,7 +336,7 @@ fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
 fn code_of(x: u32, a: u32, b: u32) -> u32 { return element_bits(${saturated(element, "exact_mul(x, a)")}); }
 `;
   if (second === undefined) return { functions };
-  const floor = guarded ? f(LEAST_TENSOR_SCALE) : f(0);
+  const floor = guarded ? f(LEAST_TENSOR_SCALE[rule.variant]) : f(0);
   const chosen =
     perTensorScale === undefined ? `exact_div(larger(negative(lo), hi), ${f(top * greatest)})` : f(perTensorScale);
   return {
@@ -346,5 +352,36 @@ fn outer_code_of(lo: u32, hi: u32) -> u32 {
 }
 `,
     },
+  };
+}
+
+function isSortedTable({ element, scales }: Format): boolean {
+  if (element.kind !== "lut" || element.entries === "learned" || element.vector.join() !== "1,1") return false;
+  const { entries } = element;
+  const sorted = entries.every((entry, i) => i === 0 || entry > (entries[i - 1] as number));
+  return sorted && scales.every((level) => codecName(level.codec) === "f32");
+}
+
+function nf4({ format, dtype, guarded }: Context, rule: RuleOf<"nf4">): RuleText {
+  const table = [...decodeTable(format.element)];
+  const rnd = (text: string) => rounded(dtype, text);
+  const steps = table.slice(1, -1).map((entry) => `select(0u, 1u, !exact_less(ratio, ${f(entry)}))`);
+  return {
+    functions: `
+fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
+  let largest = larger(negative(lo), hi);
+  return Chosen(largest, 0u, ${guarded ? `select(largest, ${f(1)}, largest == 0u)` : "largest"}, 0u);
+}
+fn code_of(x: u32, a: u32, b: u32) -> u32 {
+  let ratio = ${rnd("exact_div(x, a)")};
+  if (exact_is_nan(ratio)) { return 0u; }
+  let entries = array<u32, ${table.length}>(${table.map(f).join(", ")});
+  let low = ${steps.join(" + ")};
+  let below = ${rnd("exact_sub(ratio, entries[low])")} & 0x7fffffffu;
+  let above = ${rnd("exact_sub(ratio, entries[low + 1u])")} & 0x7fffffffu;
+  return select(low, low + 1u, above < below);
+}
+`,
+    scalers: { count: rule.scalers, dtype },
   };
 }

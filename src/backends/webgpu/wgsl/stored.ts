@@ -192,23 +192,23 @@ function elementCode(prefix: string, layout: StoredLayout, buffer: string) {
   let high = select(0u, ${buffer}[at + 1u] << ((32u - bit % 32u) % 32u), bit % 32u + ${bits}u > 32u);
   let code = (low | high) & ${mask};`
     : `let code = (${buffer}[at] >> (bit % 32u)) & ${mask};`;
-  let valueOf: string;
+  let decoded: string;
   let declarations = "";
   if (table && codec.kind === "lut" && codec.entries !== "learned") {
     declarations = `const ${prefix}_table = array<f32, ${codec.entries.length}>(${codec.entries.map(wgslFloat).join(", ")});\n`;
-    valueOf = `${prefix}_table[code * ${size}u + ${lane}]`;
+    decoded = `${prefix}_table[code * ${size}u + ${lane}]`;
   } else if (table) {
-    valueOf = `bitcast<f32>(${buffer}[${layout.table}u + code * ${size}u + ${lane}])`;
+    decoded = `bitcast<f32>(${buffer}[${layout.table}u + code * ${size}u + ${lane}])`;
     declarations = `fn ${prefix}_entry(code: u32, lane: u32) -> f32 { return bitcast<f32>(${buffer}[${layout.table}u + code * ${size}u + lane]); }\n`;
   } else {
     declarations = `${decodeFunction(codec, `${prefix}_dec`)}\n`;
-    valueOf = `${prefix}_dec(code)`;
+    decoded = `${prefix}_dec(code)`;
   }
   const functions = `${declarations}fn ${prefix}_value(row: u32, k: u32) -> f32 {
   let bit = (k / ${vectorK}u) * ${bits}u;
   let at = (row / ${vectorRows}u) * ${layout.rowStride}u + bit / 32u;
   ${load}
-  return ${valueOf};
+  return ${decoded};
 }`;
   return { functions, value: (row: string, at: string) => `${prefix}_value(${row}, ${at})` };
 }

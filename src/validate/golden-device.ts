@@ -1,0 +1,100 @@
+import type { FloatType } from "../core/dtype.js";
+import { type Codec, codecBits, codecName, defineFormat, type Format } from "../formats/format.js";
+import { packRows, unpackRows } from "../formats/pack.js";
+import type { QuantizedTensor } from "../formats/tensor.js";
+import { dense, type Graph, GraphBuilder, stored } from "../ir/graph.js";
+import type { DenseTensor, HostTensor } from "../ir/tensor.js";
+import type { QuantizeOptions } from "../quantize/quantize.js";
+import type { Device } from "../runtime/device.js";
+import type { AttentionShape, GoldenBackend } from "./golden-case.js";
+
+/**
+ * A device's own kernels as a golden backend: every primitive is a graph of one op. Formats whose rule the device has no kernel
+ * for, and algorithms without a device part, are reported by name with the kernel table's reason.
+ */
+export function goldenDevice(device: Device): GoldenBackend {
+  const run = async (graph: Graph, inputs: Record<string, HostTensor>, weights: Record<string, HostTensor> = {}) => {
+    using program = await device.compile(graph, { weights: new Map(Object.entries(weights)) });
+    return (await program.run({ inputs })).y as HostTensor;
+  };
+  return {
+    name: device.info.backend,
+    primitives: {
+      encode: async (codec, values) => {
+        const tensor = await quantize(values, [1, values.length], "f32", unscaled(codec), {});
+        return unpackRows(tensor.qdata, 1, values.length, codecBits(codec));
+      },
+      decode: (codec, codes) => {
+        const qdata = packRows(codes, 1, codes.length, codecBits(codec));
+        return dequantize({ format: unscaled(codec), shape: [1, codes.length], qdata, scales: [] }, "f32");
+      },
+      quantize,
+      dequantize,
+      linear,
+      sdpa,
+    },
+    lacks: { host: "the algorithm has no device part: it runs on the host for every backend" },
+  };
+
+  async function quantize(
+    data: Float32Array,
+    shape: readonly [n: number, k: number],
+    dtype: FloatType,
+    format: Format,
+    options: QuantizeOptions,
+  ): Promise<QuantizedTensor> {
+    const g = new GraphBuilder();
+    const x = g.input("x", dense("f32", shape));
+    g.output("y", g.one("quantize", [x], { format, dtype, ...options }));
+    return (await run(g.build(), { x: { dtype: "f32", shape, data } })) as QuantizedTensor;
+  }
+
+  async function dequantize(tensor: QuantizedTensor, dtype: FloatType): Promise<Float32Array> {
+    const g = new GraphBuilder();
+    const x = g.input("x", stored(tensor.format, tensor.shape));
+    g.output("y", g.one("dequantize", [x], { dtype }));
+    return floats(await run(g.build(), { x: tensor }));
+  }
+
+  async function linear(
+    x: Float32Array | QuantizedTensor,
+    weight: QuantizedTensor,
+    bias: Float32Array | null,
+  ): Promise<Float32Array> {
+    const g = new GraphBuilder();
+    const [n, k] = weight.shape;
+    const input: HostTensor = x instanceof Float32Array ? { dtype: "f32", shape: [x.length / k, k], data: x } : x;
+    const type = "data" in input ? dense("f32", input.shape) : stored(input.format, input.shape);
+    const operands = [g.input("x", type), g.weight("w", stored(weight.format, weight.shape))];
+    if (bias !== null) operands.push(g.weight("b", dense("f32", [n])));
+    g.output("y", g.one("linear", operands, {}));
+    const weights: Record<string, HostTensor> = { w: weight };
+    if (bias !== null) weights.b = { dtype: "f32", shape: [n], data: bias };
+    return floats(await run(g.build(), { x: input }, weights));
+  }
+
+  async function sdpa(q: Float32Array, k: Float32Array, v: Float32Array, shape: AttentionShape): Promise<Float32Array> {
+    const { batch, heads, kvHeads, tokens, keys, size, causal } = shape;
+    const g = new GraphBuilder();
+    const inputs = {
+      q: { dtype: "f32", shape: [batch, heads, tokens, size], data: q },
+      k: { dtype: "f32", shape: [batch, kvHeads, keys, size], data: k },
+      v: { dtype: "f32", shape: [batch, kvHeads, keys, size], data: v },
+    } as const;
+    const operands = Object.entries(inputs).map(([name, tensor]) => g.input(name, dense("f32", tensor.shape)));
+    g.output("y", g.one("sdpa", operands, { heads, kvHeads, scale: 1 / Math.sqrt(size), causal }));
+    return floats(await run(g.build(), inputs));
+  }
+}
+
+/** A format whose codes are all there is, to reach a codec through the ops. */
+function unscaled(codec: Codec): Format {
+  return defineFormat(`codec ${codecName(codec)}`, {
+    element: codec,
+    rule: { kind: "cast" },
+    source: "golden",
+    use: "holds the codes of one codec, to compare them",
+  });
+}
+
+const floats = (tensor: HostTensor): Float32Array => (tensor as DenseTensor).data as Float32Array;
