@@ -20,7 +20,17 @@ export { type Dim, dense, type Graph, GraphBuilder, stored, type TensorType, typ
 export type { BinaryFn, OpAttrs, OpName, UnaryFn } from "./ir/ops.js";
 export type { SampleSettings } from "./ir/sample.js";
 export type { DenseTensor, HostTensor } from "./ir/tensor.js";
+export { type AttentionMode, applyLowPrecisionAttention } from "./models/attention.js";
 export type { DecoderConfig } from "./models/config.js";
+export {
+  type BlockCopy,
+  copyBlocks,
+  KV_FORMATS,
+  KvPool,
+  type KvSequence,
+  kvBytes,
+  kvFormat,
+} from "./models/kvcache.js";
 export {
   type GeneratedToken,
   type GenerateOptions,
@@ -30,6 +40,7 @@ export {
   loadModel,
   Model,
 } from "./models/model.js";
+export { type Outline, type OutlineOptions, outlineModel } from "./models/outline.js";
 export type { Bucket, Plan, PlanOptions } from "./plan/plan.js";
 export type { Explanation, Rejection } from "./plan/select.js";
 export {

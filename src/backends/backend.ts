@@ -43,7 +43,7 @@ export interface LoadOptions {
   /** For validation: guard words after every buffer and a pattern in every activation; see `Executable.damage`. */
   readonly guard?: boolean;
   /** For validation: replaces the shader text of a kernel's dispatch, so that a fault can be put in. */
-  readonly rewrite?: (source: string, kernel: string) => string;
+  readonly rewrite?: (source: string, kernel: string, step: number) => string;
 }
 
 /** What `guard` fills activations and guard words with: a NaN with a pattern, so that what was not written shows. */

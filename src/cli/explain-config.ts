@@ -33,7 +33,11 @@ const IMAGINED: Capabilities = {
 };
 
 /** Plans a model from its config.json without a GPU. Throws `plan/memory` for what the imagined device cannot hold. */
-export async function explainConfig(cli: Cli, file: string, options: ConfigOptions): Promise<void> {
+export async function explainConfig(
+  cli: Pick<Cli, "out" | "err" | "json">,
+  file: string,
+  options: ConfigOptions,
+): Promise<void> {
   const { memory, maxBinding } = options;
   const capabilities: Capabilities = {
     ...IMAGINED,

@@ -1,12 +1,15 @@
 #!/usr/bin/env node
 import { Command, CommanderError } from "commander";
 import { FewbitError, nearestNames } from "../core/errors.js";
+import { diffCommand } from "./diff.js";
 import { explainCommand } from "./explain.js";
 import { infoCommand } from "./info.js";
 import { examples } from "./options.js";
 import { PACKAGE } from "./package.js";
 import { runCommand } from "./run.js";
 import { attach, type Cli, EXIT, printError } from "./terminal.js";
+import { traceCommand } from "./trace.js";
+import { validateCommand } from "./validate.js";
 
 const EXIT_CODES = `
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
@@ -20,6 +23,9 @@ function program(cli: Cli): Command {
     .addCommand(runCommand(cli))
     .addCommand(infoCommand(cli))
     .addCommand(explainCommand(cli))
+    .addCommand(validateCommand(cli))
+    .addCommand(diffCommand(cli))
+    .addCommand(traceCommand(cli))
     .addHelpText(
       "after",
       examples(["fewbit run", "generate text with the bundled model"], ["fewbit run --help", "every option of run"]) +
@@ -49,6 +55,8 @@ async function main(args: readonly string[]): Promise<number> {
   } catch (caught) {
     if (caught instanceof CommanderError && caught.exitCode === 0) return EXIT.ok;
     if (cli.stopped() === "closed") return EXIT.ok;
+    // The command has said what failed.
+    if (caught instanceof FewbitError && caught.code === "validate/failed") return EXIT.failure;
     const error = caught instanceof CommanderError ? usageError(caught, root, args) : caught;
     printError(cli, error);
     if (cli.stopped() === "interrupted") return EXIT.interrupted;

@@ -120,16 +120,21 @@ export async function load(
       signal: cli.signal,
       ...(options.context === undefined ? {} : { context: options.context }),
       ...(options.prefillChunk === undefined ? {} : { prefillChunk: options.prefillChunk }),
-      onProgress: (progress) => line.show(progressText(progress)),
+      onProgress: loadProgress(line.show),
     });
   } finally {
     line.clear();
   }
 }
 
-function progressText({ stage, done, total, what }: LoadProgress): string {
-  const share = Math.floor((100 * done) / Math.max(total, 1));
-  return `${{ read: "reading", quantize: "reading and quantizing", upload: "uploading" }[stage]} ${share} %  ${what}`;
+/** One line for the two counts of a load: the weight at work, and the bytes that are on the device. */
+function loadProgress(show: (text: string, must?: boolean) => void): (progress: LoadProgress) => void {
+  let weight = "";
+  return ({ stage, done, total, what }) => {
+    if (stage !== "upload") weight = what;
+    else if (done >= total) show("building kernels", true);
+    else show(`reading, quantizing and uploading  ${Math.floor((100 * done) / total)} %  ${weight}`);
+  };
 }
 
 function endsText(model: Model, last: GeneratedToken | undefined): boolean {

@@ -84,17 +84,17 @@ function described(error: unknown) {
   return { code: "internal", message, hint: "this is a bug in fewbit: please report it with this text", context: {} };
 }
 
-/** A line that rewrites itself; nothing unless stderr is a terminal. At most one picture every 50 ms. */
-export function progressLine(cli: Cli): { show(text: string): void; clear(): void } {
+/** A line that rewrites itself, at most every 50 ms unless it must show; nothing unless stderr is a terminal. */
+export function progressLine(cli: Cli): { show(text: string, must?: boolean): void; clear(): void } {
   const { err } = cli;
   if (!err.tty) return { show: () => {}, clear: () => {} };
   let last = Number.NEGATIVE_INFINITY;
   return {
-    show(text) {
+    show(text, must = false) {
       const now = performance.now();
-      if (now - last < 50) return;
+      if (now - last < 50 && !must) return;
       last = now;
-      err.write(`\r\x1b[2K${err.color.dim(text.slice(0, (process.stderr.columns ?? 80) - 1))}`);
+      err.write(`\r\x1b[2K${err.color.dim(text.slice(0, (process.stderr.columns || 80) - 1))}`);
     },
     clear() {
       if (last > Number.NEGATIVE_INFINITY) err.write("\r\x1b[2K");

@@ -34,7 +34,7 @@ export function allocate<D extends DType>(dtype: D, length: number): ArrayOf[D] 
 /** Views `bytes` as elements of `dtype`, copying only when the offset is not aligned. */
 export function viewAs<D extends DType>(dtype: D, bytes: Uint8Array): ArrayOf[D] {
   const size = BYTES[dtype];
-  const aligned = bytes.byteOffset % size === 0 ? bytes : bytes.slice();
+  const aligned = bytes.byteOffset % size === 0 ? bytes : new Uint8Array(bytes);
   return new CONSTRUCTORS[dtype](
     aligned.buffer as ArrayBuffer,
     aligned.byteOffset,

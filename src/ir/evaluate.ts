@@ -2,6 +2,7 @@ import { f32Bits } from "../core/dtype.js";
 import { blockGrid, codecBits, codecVector } from "../formats/format.js";
 import { readCode, rowWords, writeCode } from "../formats/pack.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
+import { hadamard } from "../quantize/attention.js";
 import { dequantizeTo } from "../quantize/dequantize.js";
 import { quantizeTensor } from "../quantize/quantize.js";
 import { checkCapacity, evaluateSdpa, keyRowOf } from "./attention.js";
@@ -137,6 +138,11 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
       }
     }
     return [f32(source.shape, out)];
+  },
+
+  hadamard: ([x], { heads }) => {
+    const { shape } = x as DenseTensor;
+    return [f32(shape, hadamard(floats(x), (shape[1] as number) / heads))];
   },
 
   kv_write: ([cache, x, pages], attrs, symbols, types) => {

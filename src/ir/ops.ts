@@ -17,6 +17,7 @@ export interface OpAttrs {
   conv2d: ConvAttrs;
   /** `interleaved` rotates neighbours (2i, 2i + 1); without it the halves (i, i + D/2), as NeoX and Llama do. */
   rope: { readonly heads: number; readonly position: string; readonly interleaved?: boolean };
+  hadamard: { readonly heads: number };
   kv_write: KvWriteAttrs;
   sdpa: SdpaAttrs;
   unary: { readonly fn: UnaryFn };
@@ -165,6 +166,20 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
       return [f32(x)];
     },
     flops: (shapes) => 3 * elements(shapes[0]),
+  },
+  /** x f32 [T, heads * D] -> x H / sqrt(D) of every head: D a power of two up to 256; its own inverse (specification 20.2). */
+  hadamard: {
+    operands: ["x"],
+    infer: (types, { heads }, where) => {
+      const x = requireDense(at(types, 0), "f32", `${where}.x`);
+      const size = (at(x, 1) as number) / heads;
+      if (x.length !== 2 || !(Math.log2(size) % 1 === 0 && size <= 256)) {
+        const expected = `[T, ${heads} heads of a power of two up to 256]`;
+        throw new FewbitError("shape/mismatch", { what: `${where}.x`, got: x, expected });
+      }
+      return [f32(x)];
+    },
+    flops: (shapes, { heads }) => elements(shapes[0]) * Math.log2((shapes[0]?.[1] ?? heads) / heads),
   },
   /**
    * cache format [kvHeads, C, D], or a pool of blocks [blocks, kvHeads, P, D] with pages u32 [n] that name the sequence's blocks;

@@ -3,6 +3,18 @@ import { FewbitError } from "../core/errors.js";
 /** The function between the two MLP projections. `gelu` is exact (erf), `gelu_tanh` its tanh approximation. */
 export type Activation = "silu" | "gelu" | "gelu_tanh" | "relu";
 
+/**
+ * Llama 3.1's: frequencies with wavelengths above originalContext / lowFrequency are divided by `factor`, those below
+ * originalContext / highFrequency stay, and what lies between is a mean of the two.
+ */
+export interface RopeScaling {
+  readonly kind: "llama3";
+  readonly factor: number;
+  readonly lowFrequency: number;
+  readonly highFrequency: number;
+  readonly originalContext: number;
+}
+
 /** Everything the decoder's graph builder needs to know about a model: data, independent of any weight. */
 export interface DecoderConfig {
   /** The architecture's name in Hugging Face `config.json`. */
@@ -20,7 +32,9 @@ export interface DecoderConfig {
   readonly contextLength: number;
   readonly norm: { readonly kind: "rmsnorm"; readonly eps: number };
   /** Rotary embedding; `scaling` is null for plain frequencies `theta^(-2i/headDim)`. */
-  readonly rope: { readonly theta: number; readonly scaling: null };
+  readonly rope: { readonly theta: number; readonly scaling: RopeScaling | null };
+  /** A token sees this many tokens, itself among them; left out when it sees all. */
+  readonly slidingWindow?: number;
   readonly activation: Activation;
   /** The head is the embedding table, and the checkpoint need not hold `lm_head`. */
   readonly tieEmbeddings: boolean;
@@ -203,7 +217,7 @@ export function parseConfig(json: Readonly<Record<string, unknown>>): DecoderCon
     throw invalid("hidden_size", hiddenSize, `a multiple of num_attention_heads = ${heads} when head_dim is absent`);
   if (headDim % 2 !== 0) throw invalid("head_dim", headDim, "an even number, for rotary pairs");
   const contextLength = integer(json, "max_position_embeddings");
-  refuseSlidingWindow(json, row, contextLength);
+  const slidingWindow = slidingWindowOf(json, row, contextLength);
   if (present(json.quantization_config))
     throw unsupported("quantization_config", quantMethod(json.quantization_config), ["an unquantized checkpoint"]);
   return {
@@ -218,6 +232,7 @@ export function parseConfig(json: Readonly<Record<string, unknown>>): DecoderCon
     contextLength,
     norm: { kind: "rmsnorm", eps: positive("rms_norm_eps", json.rms_norm_eps) },
     rope: ropeOf(json, row),
+    ...(slidingWindow === null ? {} : { slidingWindow }),
     activation: activationOf(json),
     tieEmbeddings: boolean(json, "tie_word_embeddings", row.absent.tie_word_embeddings),
     qkvBias: flag(json, row.qkvBias),
@@ -261,26 +276,45 @@ function ropeOf(json: Readonly<Record<string, unknown>>, row: Architecture): Dec
   const { rope_theta, rope_type, type, partial_rotary_factor } = parameters as Readonly<Record<string, unknown>>;
   // A legacy rope_scaling object always scales; a rope_parameters object says "default" when it does not.
   const kind = rope_type ?? type ?? (present(json[field]) && field === "rope_scaling" ? "unnamed" : "default");
-  if (kind !== "default") throw unsupported(`${field} type`, String(kind), ["default"]);
+  if (kind !== "default" && kind !== "llama3") throw unsupported(`${field} type`, String(kind), ["default", "llama3"]);
   const rotated = partial_rotary_factor ?? json.partial_rotary_factor ?? 1;
   if (rotated !== 1) throw unsupported("partial_rotary_factor", String(rotated), ["1"]);
   const theta = rope_theta ?? json.rope_theta ?? row.absent.rope_theta;
-  return { theta: positive("rope_theta", theta), scaling: null };
+  return { theta: positive("rope_theta", theta), scaling: kind === "llama3" ? llama3Scaling(field, parameters) : null };
 }
 
-/** A window that reaches over the whole context changes nothing and is accepted. */
-function refuseSlidingWindow(json: Readonly<Record<string, unknown>>, row: Architecture, contextLength: number): void {
+function llama3Scaling(field: string, parameters: object): RopeScaling {
+  const number = (name: string) =>
+    positive(`${field}.${name}`, (parameters as Readonly<Record<string, unknown>>)[name]);
+  return {
+    kind: "llama3",
+    factor: number("factor"),
+    lowFrequency: number("low_freq_factor"),
+    highFrequency: number("high_freq_factor"),
+    originalContext: number("original_max_position_embeddings"),
+  };
+}
+
+/** The window of every layer. One that reaches over the whole context changes nothing: null. */
+function slidingWindowOf(
+  json: Readonly<Record<string, unknown>>,
+  row: Architecture,
+  contextLength: number,
+): number | null {
   const layerTypes = json.layer_types ?? [];
   if (!Array.isArray(layerTypes)) throw invalid("layer_types", layerTypes, "a list or null");
   const other = layerTypes.find((type) => type !== "full_attention");
   if (other !== undefined) throw unsupported("layer_types entry", String(other), ["full_attention"]);
-  if (row.slidingSwitch !== null && !boolean(json, row.slidingSwitch, false)) return;
+  if (row.slidingSwitch !== null && !boolean(json, row.slidingSwitch, false)) return null;
   const window = json.sliding_window === undefined ? row.absent.sliding_window : json.sliding_window;
-  if (window === null) return;
+  if (window === null) return null;
   if (typeof window !== "number" || !Number.isInteger(window) || window < 1)
     throw invalid("sliding_window", window, "a positive integer or null");
-  if (window < contextLength)
+  if (window >= contextLength) return null;
+  // Where a switch turns windows on, only some layers have them.
+  if (row.slidingSwitch !== null)
     throw unsupported("sliding_window", String(window), ["null", "a window of the whole context"]);
+  return window;
 }
 
 function activationOf(json: Readonly<Record<string, unknown>>): Activation {

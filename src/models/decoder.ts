@@ -1,6 +1,7 @@
 import { type Format, formatKey } from "../formats/format.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
 import { type DecoderConfig, type TensorRole, type TensorSpec, tensorSpecs } from "./config.js";
+import { ringCapacity } from "./kvcache.js";
 
 /** How a decoder's graph is laid out. */
 export interface DecoderOptions {
@@ -23,6 +24,15 @@ export const ROPE_TABLE = "rope.table";
 /** The symbols of a decoder graph: tokens of this run, and tokens already in the cache. */
 export const TOKENS = "T";
 export const PAST = "past";
+
+/** Tokens up to which a single token's attention is planned on its own: kernels that pay for long contexts only leave it alone. */
+const SHORT_CONTEXT = 1022;
+
+/** The symbols to specialise a decoder's kernels for: single tokens after a short and after any context. */
+export function decoderBuckets(capacity: number): Record<string, number>[] {
+  const single = { [TOKENS]: 1 };
+  return capacity > SHORT_CONTEXT + 1 ? [{ ...single, [PAST]: SHORT_CONTEXT }, single] : [single];
+}
 
 /**
  * The graph of a decoder: state `ids` i32 [T], input `settings` u32 [5] (see `ir/sample.ts`), a KV cache per layer;
@@ -60,7 +70,10 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
   const table = matrix("embedding", null);
   const angles = g.weight(ROPE_TABLE, dense("f32", [options.capacity, config.headDim]));
   const { eps } = config.norm;
-  const cacheShape = [config.kvHeads, options.capacity, config.headDim];
+  const { slidingWindow: window } = config;
+  const slots = window === undefined ? options.capacity : ringCapacity(window, options.maxTokens, options.capacity);
+  const ring = slots < options.capacity;
+  const cacheShape = [config.kvHeads, slots, config.headDim];
   let x = g.one("embedding", [ids, table], {}, "embedding");
   for (let layer = 0; layer < config.layers; layer++) {
     const name = (what: string) => `layer${layer}.${what}`;
@@ -74,8 +87,8 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
     const turnedK = g.one("rope", [k, angles], { heads: config.kvHeads, position: PAST }, name("rope.k"));
     const keys = g.state(name("k_cache"), stored(options.kvFormat, cacheShape));
     const values = g.state(name("v_cache"), stored(options.kvFormat, cacheShape));
-    const allKeys = g.one("kv_write", [keys, turnedK], { position: PAST }, name("k_write"));
-    const allValues = g.one("kv_write", [values, v], { position: PAST }, name("v_write"));
+    const allKeys = g.one("kv_write", [keys, turnedK], { position: PAST, ring }, name("k_write"));
+    const allValues = g.one("kv_write", [values, v], { position: PAST, ring }, name("v_write"));
     const attended = g.one(
       "sdpa",
       [turnedQ, allKeys, allValues],
@@ -85,6 +98,7 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
         scale: 1 / Math.sqrt(config.headDim),
         causal: true,
         position: PAST,
+        ...(window === undefined ? {} : { window, ring }),
       },
       name("sdpa"),
     );
@@ -118,11 +132,21 @@ export function ropeTable(config: DecoderConfig, capacity: number): Float32Array
   const half = config.headDim / 2;
   const table = new Float32Array(capacity * config.headDim);
   for (let i = 0; i < half; i++) {
-    const frequency = config.rope.theta ** ((-2 * i) / config.headDim);
+    const frequency = ropeFrequency(config, i);
     for (let position = 0; position < capacity; position++) {
       table[position * config.headDim + i] = Math.cos(position * frequency);
       table[position * config.headDim + half + i] = Math.sin(position * frequency);
     }
   }
   return table;
+}
+
+/** Radians a position of pair i, by `config.rope`. */
+function ropeFrequency({ rope: { theta, scaling }, headDim }: DecoderConfig, i: number): number {
+  const frequency = theta ** ((-2 * i) / headDim);
+  if (scaling === null) return frequency;
+  const { factor, lowFrequency, highFrequency, originalContext } = scaling;
+  const turns = (originalContext * frequency) / (2 * Math.PI);
+  const kept = Math.min(Math.max((turns - lowFrequency) / (highFrequency - lowFrequency), 0), 1);
+  return frequency * (kept + (1 - kept) / factor);
 }

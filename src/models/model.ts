@@ -11,7 +11,7 @@ import type { Device, Program } from "../runtime/device.js";
 import { loadTokenizer, type Tokenizer } from "../text/tokenizer.js";
 import { type AttentionMode, withAttention } from "./attention.js";
 import { type DecoderConfig, parseConfig, tensorSpecs } from "./config.js";
-import { buildDecoder, PAST, ROPE_TABLE, ropeTable, TOKENS } from "./decoder.js";
+import { buildDecoder, decoderBuckets, PAST, ROPE_TABLE, ropeTable, TOKENS } from "./decoder.js";
 import { kvFormat } from "./kvcache.js";
 import { checkContext } from "./outline.js";
 import { planWeights } from "./weights.js";
@@ -102,7 +102,7 @@ export async function loadModel(
   const byName = new Map(specs.map((spec) => [spec.name, spec]));
   let loaded = 0;
   const program = await device.compile(graph, {
-    buckets: [{ [TOKENS]: 1 }],
+    buckets: decoderBuckets(capacity),
     ...open,
     weights: async (name) => {
       if (name === ROPE_TABLE)

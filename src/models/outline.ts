@@ -6,7 +6,7 @@ import { parseQuantizeName } from "../quantize/names.js";
 import type { Device } from "../runtime/device.js";
 import { type AttentionMode, withAttention } from "./attention.js";
 import { type DecoderConfig, parseConfig, type TensorSpec, tensorSpecs } from "./config.js";
-import { buildDecoder, TOKENS } from "./decoder.js";
+import { buildDecoder, decoderBuckets } from "./decoder.js";
 import { kvFormat } from "./kvcache.js";
 import { planWeights } from "./weights.js";
 
@@ -60,7 +60,7 @@ export function outlineModel(json: Readonly<Record<string, unknown>>, options: O
     }),
     options.attention ?? "auto",
   );
-  const plan = options.device.plan(graph, { buckets: [{ [TOKENS]: 1 }] });
+  const plan = options.device.plan(graph, { buckets: decoderBuckets(context) });
   const caches = new Set(graph.nodes.flatMap((node) => (node.op === "kv_write" ? [node.inputs[0]] : [])));
   const cache = graph.values.reduce(
     (sum, value) => sum + (caches.has(value.id) ? typeBytes(value.type, graph.symbols) : 0),

@@ -108,7 +108,7 @@ export const FUSIONS: readonly Fusion[] = [
       const group = siblings(view, index).filter((other) =>
         (view.readers.get(result(nodeAt(view, other))) ?? [-1]).every((reader) => {
           const op = view.graph.nodes[reader]?.op;
-          return op === "rope" || op === "kv_write";
+          return op === "rope" || op === "kv_write" || op === "hadamard";
         }),
       );
       return group.length > 1 && group.includes(index) && concatenable(view, group) ? group : null;
@@ -139,14 +139,15 @@ export const FUSIONS: readonly Fusion[] = [
     match: (view, index) => {
       const first = nodeAt(view, index);
       if (first.op !== "rope") return null;
-      // One layer's ropes share a table and are followed by its cache writes; a rotated query may be quantized in between.
+      // One layer's ropes share a table and are followed by its cache writes; in between, what was rotated (and the values)
+      // may be transformed, and a query quantized.
       const group: number[] = [];
-      const count = { rope: 0, kv_write: 0, quantize: 0 };
+      const count = { rope: 0, hadamard: 0, kv_write: 0, quantize: 0 };
       for (let i = index; i < view.graph.nodes.length && view.free(i); i++) {
         const node = nodeAt(view, i);
-        if (node.op !== "rope" && node.op !== "kv_write" && node.op !== "quantize") break;
+        if (node.op !== "rope" && node.op !== "kv_write" && node.op !== "quantize" && node.op !== "hadamard") break;
         if (node.op === "quantize" && !group.includes(view.producer.get(node.inputs[0] as ValueId) ?? -1)) break;
-        if (node.op !== "quantize" && node.attrs.position !== first.attrs.position) break;
+        if ("position" in node.attrs && node.attrs.position !== first.attrs.position) break;
         count[node.op]++;
         group.push(i);
       }

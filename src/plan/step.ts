@@ -38,6 +38,7 @@ const KIND_OF: Readonly<Record<Node["op"], StepKind>> = {
   linear: "linear",
   conv2d: "conv2d",
   rope: "rope_kv",
+  hadamard: "rope_kv",
   kv_write: "rope_kv",
   sdpa: "sdpa",
   unary: "elementwise",

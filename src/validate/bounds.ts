@@ -154,6 +154,9 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     });
   },
 
+  /** Every sum and product is rounded to float32 in one order, on every backend alike. */
+  hadamard: exact as Rule<"hadamard">,
+
   /** a cos - b sin: two products and a sum. */
   rope: ([x, table], { heads, position, interleaved }, symbols) => {
     const source = near(x);

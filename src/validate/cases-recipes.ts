@@ -195,6 +195,18 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
     inputs: (row, run, seed) => x(at(row.shape, "width"))(row, run, seed),
   },
 
+  hadamard: {
+    symbols: positions,
+    build: ({ shape }, max, seed) => {
+      const sketch = new Sketch(max, seed);
+      const { graph } = sketch;
+      const [heads, size] = [at(shape, "heads"), at(shape, "size")];
+      return sketch.done({
+        y: graph.one("hadamard", [graph.input("x", dense("f32", ["T", heads * size]))], { heads }),
+      });
+    },
+    inputs: ({ shape }, run, seed) => ({ x: floats([run.T as number, at(shape, "heads") * at(shape, "size")], seed) }),
+  },
   rope: {
     symbols: positions,
     build: ({ format, shape }, max, seed) => {

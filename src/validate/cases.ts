@@ -12,6 +12,17 @@ import * as recipes from "./cases-recipes.js";
 /** The seed that the table's random numbers come from unless a caller gives another. */
 export const DEFAULT_SEED = 20250;
 
+/** Formats that between them use every way of decoding; what a quick run of the higher tiers takes. */
+export const REPRESENTATIVES: readonly string[] = [
+  "f32",
+  "int8",
+  "int4_tinygemm",
+  "int5",
+  "float8_e4m3",
+  "mxfp4",
+  "codebook4_1x2",
+];
+
 /** One run of a program: the table's cases are these. */
 export interface CaseRun {
   /** Unique, and enough to run the case again: `fewbit validate --case ID`. */
@@ -194,6 +205,7 @@ function otherRows(formats: readonly Format[]): Row[] {
     { T: 5, P: 7 },
   ];
   add("rope", "heads", f32, { heads: 3, size: 16 }, { runs: positions });
+  add("hadamard", "heads", f32, { heads: 3, size: 64 }, { runs: positions });
   add("rope", "wide", f32, { heads: 2, size: 64 }, { runs: positions, quick: false });
   const { f16, bf16, int8, float8_e4m3 } = FORMATS;
   for (const format of [f32, f16, bf16, float8_e4m3, int8]) {

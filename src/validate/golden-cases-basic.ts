@@ -1,5 +1,6 @@
 import { type FloatType, roundTo } from "../core/dtype.js";
-import { type Codec, type Format, withRule, withScale } from "../formats/format.js";
+import { type Codec, codecBits, type Format, withRule, withScale } from "../formats/format.js";
+import { packFlat } from "../formats/pack.js";
 import { CODECS, FORMATS } from "../formats/table.js";
 import { scaleValues, zeroValues } from "../formats/tensor.js";
 import {
@@ -246,24 +247,9 @@ async function kvCache(context: GoldenContext): Promise<void> {
   putParts(context, "", tensor);
   const cached = scaleValues(tensor, 0).map((value) => roundTo(dtype, value));
   const stored = withScale(format, { codec: CODECS[dtype] });
-  const kept = await context.backend.quantize(context.floats("k"), [n, k], dtype, format, {
-    numerics: "torchao",
-    given: { scale: scaleValues(tensor, 0) },
-  });
   const bits = await context.backend.encode(CODECS[dtype], cached);
-  const words = new Uint32Array(kept.scales[0]?.length ?? 0);
-  const cache = { ...kept, format: stored, scales: [repack(bits, dtype, words)] };
+  const cache = { ...tensor, format: stored, scales: [packFlat(bits, codecBits(CODECS[dtype]))] };
   context.put("dequant", await context.backend.dequantize(cache, dtype));
-}
-
-function repack(codes: Uint32Array, dtype: FloatType, words: Uint32Array): Uint32Array {
-  if (dtype === "f32") {
-    words.set(codes);
-    return words;
-  }
-  for (let i = 0; i < codes.length; i++)
-    words[i >> 1] = (words[i >> 1] as number) | ((codes[i] as number) << (16 * (i & 1)));
-  return words;
 }
 
 /** 22: fake quantizers are quantize and dequantize. */

@@ -1,5 +1,6 @@
 import type { FloatType } from "../core/dtype.js";
-import { type Codec, codecBits, codecName, defineFormat, type Format } from "../formats/format.js";
+import { FewbitError } from "../core/errors.js";
+import { type Codec, codecBits, codecName, defineFormat, type Format, formatKey } from "../formats/format.js";
 import { packRows, unpackRows } from "../formats/pack.js";
 import type { QuantizedTensor } from "../formats/tensor.js";
 import { dense, type Graph, GraphBuilder, stored } from "../ir/graph.js";
@@ -43,9 +44,14 @@ export function goldenDevice(device: Device): GoldenBackend {
     format: Format,
     options: QuantizeOptions,
   ): Promise<QuantizedTensor> {
+    const { given, ...rule } = options;
+    if (given !== undefined) {
+      const reason = "the device's kernel chooses scales itself: it takes none that are given";
+      throw new FewbitError("quantize/unsupported", { config: formatKey(format), reason });
+    }
     const g = new GraphBuilder();
     const x = g.input("x", dense("f32", shape));
-    g.output("y", g.one("quantize", [x], { format, dtype, ...options }));
+    g.output("y", g.one("quantize", [x], { format, dtype, ...rule }));
     return (await run(g.build(), { x: { dtype: "f32", shape, data } })) as QuantizedTensor;
   }
 

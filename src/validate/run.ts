@@ -123,8 +123,10 @@ export async function* runCases(
   const ahead: Promise<Program | FewbitError>[] = [];
   const next = (index: number) => {
     const program = programs[index];
-    if (program !== undefined)
-      ahead[index] = load(device, program, options).catch((error: unknown) => asFailure(error));
+    if (program === undefined) return;
+    const loading = load(device, program, options).catch((error: unknown) => asFailure(error));
+    loading.catch(() => {});
+    ahead[index] = loading;
   };
   for (let i = 0; i < AHEAD; i++) next(i);
   let done = 0;
@@ -147,8 +149,8 @@ export async function* runCases(
       }
     }
   } finally {
-    for (const program of await Promise.all(ahead.slice(done))) {
-      if (!(program instanceof FewbitError)) program[Symbol.dispose]();
+    for (const settled of await Promise.allSettled(ahead.slice(done))) {
+      if (settled.status === "fulfilled" && !(settled.value instanceof FewbitError)) settled.value[Symbol.dispose]();
     }
   }
 }

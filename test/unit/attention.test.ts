@@ -6,12 +6,14 @@ import { WEBGPU_KERNELS } from "../../src/backends/webgpu/kernels/table.js";
 import { FORMATS } from "../../src/formats/table.js";
 import { dense, type Graph, GraphBuilder, stored, type TensorType } from "../../src/ir/graph.js";
 import type { SdpaAttrs } from "../../src/ir/ops.js";
+import type { DenseTensor } from "../../src/ir/tensor.js";
 import { applyLowPrecisionAttention, attentionMode } from "../../src/models/attention.js";
 import { kvFormat } from "../../src/models/kvcache.js";
 import { loadModel } from "../../src/models/model.js";
 import { outlineModel } from "../../src/models/outline.js";
 import { explainPlan } from "../../src/plan/plan.js";
 import { Device } from "../../src/runtime/device.js";
+import { randomWords } from "../support/codecs.js";
 import { tinyModel } from "../support/tiny-model.js";
 
 let reference: Device;
@@ -96,6 +98,55 @@ describe("bad operands are coded errors", () => {
   });
 });
 
+/** Rope, cache writes and attention of one layer: 4 heads over 2 KV heads. */
+function layer(size: number): Graph {
+  const g = new GraphBuilder({ T: 9, past: 20 });
+  const [q, k, v] = (
+    [
+      ["q", 4],
+      ["k", 2],
+      ["v", 2],
+    ] as const
+  ).map(([name, heads]) => g.input(name, dense("f32", ["T", heads * size]))) as [number, number, number];
+  const table = g.weight("table", dense("f32", [32, size]));
+  const turn = (x: number, heads: number) => g.one("rope", [x, table], { heads, position: "past" });
+  const [turnedQ, turnedK] = [turn(q, 4), turn(k, 2)];
+  const caches = [turnedK, v].map((x, i) =>
+    g.one("kv_write", [g.state(`cache${i}`, stored(FORMATS.f32, [2, 24, size])), x], { position: "past" }),
+  ) as [number, number];
+  g.output(
+    "out",
+    g.one("sdpa", [turnedQ, ...caches], {
+      heads: 4,
+      kvHeads: 2,
+      scale: 1 / Math.sqrt(size),
+      causal: true,
+      position: "past",
+    }),
+  );
+  return g.build();
+}
+
+function numbers(shape: readonly number[], seed: number, gain: number): DenseTensor {
+  const next = randomWords(seed);
+  return {
+    dtype: "f32",
+    shape,
+    data: Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, () => (next() / 2 ** 31 - 1) * gain),
+  };
+}
+
+/** A few outliers among small numbers, which a transform spreads. */
+function layerInputs(tokens: number, size: number): Record<string, DenseTensor> {
+  const operands = {
+    q: numbers([tokens, 4 * size], 1, 1),
+    k: numbers([tokens, 2 * size], 2, 1),
+    v: numbers([tokens, 2 * size], 3, 1),
+  };
+  for (const { data } of Object.values(operands)) data[5] = 20;
+  return operands;
+}
+
 const decoder = (options: Parameters<typeof loadModel>[1]) => loadModel(tinyModel(), { context: 48, ...options });
 const IDS = Array.from({ length: 20 }, (_, i) => 2 + ((i * 37) % 250));
 
@@ -135,13 +186,45 @@ describe("float8 attention", () => {
     for (const { nodes } of sdpa) expect(nodes[0]?.attrs).toMatchObject({ probabilities: { scale: 256 } });
   });
 
+  test.each(["NONE", "QKV", "V_ONLY"] as const)(
+    "with hadamard %s: both backends, near the plain result",
+    async (mode) => {
+      const graph = layer(64);
+      const options = { inputs: layerInputs(7, 64), symbols: { T: 7, past: 3 } };
+      const out = async (device: Device, of: Graph) => {
+        using program = await device.compile(of, { weights: new Map([["table", numbers([32, 64], 4, 1)]]) });
+        return ((await program.run(options)).out as DenseTensor).data as Float32Array;
+      };
+      const changed = applyLowPrecisionAttention(graph, { hadamard: mode });
+      const [plain, expected, got] = [
+        await out(reference, graph),
+        await out(reference, changed),
+        await out(webgpu, changed),
+      ];
+      const most = (a: Float32Array, b: Float32Array) =>
+        a.reduce((m, x, i) => Math.max(m, Math.abs(x - (b[i] as number))), 0);
+      const size = plain.reduce((m, x) => Math.max(m, Math.abs(x)), 0);
+      expect(most(expected, plain) / size).toBeLessThan(0.1);
+      expect(most(expected, plain)).toBeGreaterThan(0);
+      // Probabilities are rounded against the running maximum on the device: half a step of e4m3 apart at most.
+      expect(most(expected, got) / size).toBeLessThan(0.05);
+      const counts = { NONE: 0, QKV: 4, V_ONLY: 2 };
+      expect(changed.nodes.filter(({ op }) => op === "hadamard").length).toBe(counts[mode]);
+      const steps = webgpu.plan(changed).steps;
+      expect(steps.length).toBe(mode === "NONE" ? 2 : 3);
+      expect(steps[0]?.fusion).toBe("rope+kv_write");
+    },
+  );
+
+  test("a hadamard transform of heads that are no power of two is an error", () => {
+    expect(() => applyLowPrecisionAttention(layer(80), { hadamard: "QKV" })).toThrowError(coded("shape/mismatch"));
+    expect(() => applyLowPrecisionAttention(layer(80))).not.toThrow();
+  });
+
   test("refuses masks, stored queries and keys without a cache", () => {
     const g = new GraphBuilder({ T: 8 });
-    const [q, k, v] = [4, 2, 2].map((heads, i) => g.input("qkv"[i] as string, dense("f32", [1, heads, 8, 32]))) as [
-      number,
-      number,
-      number,
-    ];
+    const q = g.input("q", dense("f32", ["T", 128]));
+    const [k, v] = ["k", "v"].map((name) => g.input(name, dense("f32", [2, 8, 32]))) as [number, number];
     g.output("y", g.one("sdpa", [q, k, v], { heads: 4, kvHeads: 2, scale: 1, causal: true }));
     expect(() => applyLowPrecisionAttention(g.build())).toThrowError(coded("graph/invalid", "must come from a cache"));
     expect(() => attentionMode("fast")).toThrowError(coded("argument/unknown-name"));
@@ -213,8 +296,13 @@ describe("128 K tokens of an 8B model, planned without a device", () => {
     expect(total).toBe(weights + cache + activations + scratch);
     expect(weights).toBeGreaterThan(4e9);
     expect(weights).toBeLessThan(6e9);
-    const single = outline.plan.buckets[0]?.choices.filter((choice) => choice.kernel.kind === "sdpa") ?? [];
-    expect(new Set(single.map((choice) => choice.kernel.id))).toEqual(new Set(["webgpu/sdpa/decode_split"]));
+    // Short contexts keep to one dispatch; long ones divide the keys.
+    const kernels = outline.plan.buckets.map(({ choices }) => [
+      ...new Set(choices.flatMap(({ kernel }) => (kernel.kind === "sdpa" ? [kernel.id] : []))),
+    ]);
+    expect(kernels).toEqual([["webgpu/sdpa/decode"], ["webgpu/sdpa/decode_split"], ["webgpu/sdpa/prefill"]]);
+    // Norm, qkv, rope and cache, attention, o, norm, gate and up, down.
+    expect(outline.plan.steps.length).toBe(32 * 8 + 5);
   });
 
   test("int8 saves 73 % of float32's cache", () => {

@@ -99,8 +99,27 @@ describe("the decoder description", () => {
   test("accepts a sliding window that is off, or covers the whole context", () => {
     for (const window of [null, 1024, 4096])
       expect(() => parseConfig({ ...mistral, sliding_window: window })).not.toThrow();
-    expect(() => parseConfig(without("sliding_window", mistral))).not.toThrow();
+    expect(parseConfig(without("sliding_window", mistral)).slidingWindow).toBeUndefined();
     expect(() => parseConfig(qwen2)).not.toThrow();
+  });
+
+  test("takes a sliding window of every layer", () => {
+    expect(parseConfig({ ...mistral, sliding_window: 64 }).slidingWindow).toBe(64);
+    const long = { ...without("sliding_window", mistral), max_position_embeddings: 32768 };
+    expect(parseConfig(long).slidingWindow).toBe(4096);
+  });
+
+  test("takes Llama 3.1's rope scaling", () => {
+    const rope_scaling = {
+      rope_type: "llama3",
+      factor: 8,
+      low_freq_factor: 1,
+      high_freq_factor: 4,
+      original_max_position_embeddings: 8192,
+    };
+    const scaling = { kind: "llama3", factor: 8, lowFrequency: 1, highFrequency: 4, originalContext: 8192 };
+    expect(parseConfig({ ...llama, rope_scaling }).rope.scaling).toEqual(scaling);
+    expect(failure({ ...llama, rope_scaling: { rope_type: "llama3", factor: 8 } }).code).toBe("model/config");
   });
 });
 
@@ -110,13 +129,11 @@ describe("what would change the numbers and is not supported is refused by name"
     ["architecture", { ...llama, architectures: ["toString"] }, "toString"],
     ["hidden_act", { ...llama, hidden_act: "quick_gelu" }, "quick_gelu"],
     ["hidden_act", { ...llama, hidden_act: "constructor" }, "constructor"],
-    ["rope_scaling type", { ...llama, rope_scaling: { rope_type: "llama3", factor: 8 } }, "llama3"],
+    ["rope_scaling type", { ...llama, rope_scaling: { rope_type: "longrope", factor: 8 } }, "longrope"],
     ["rope_scaling type", { ...llama, rope_scaling: { type: "linear", factor: 2 } }, "linear"],
     ["rope_scaling type", { ...llama, rope_scaling: { factor: 2 } }, "unnamed"],
     ["rope_parameters type", { ...llama, rope_parameters: { rope_type: "yarn", rope_theta: 1e4 } }, "yarn"],
     ["partial_rotary_factor", { ...llama, partial_rotary_factor: 0.5 }, "0.5"],
-    ["sliding_window", { ...mistral, sliding_window: 64 }, "64"],
-    ["sliding_window", { ...without("sliding_window", mistral), max_position_embeddings: 32768 }, "4096"],
     ["sliding_window", { ...qwen2, use_sliding_window: true }, "64"],
     ["layer_types entry", { ...qwen2, layer_types: ["full_attention", "sliding_attention"] }, "sliding_attention"],
     ["quantization_config", { ...llama, quantization_config: { quant_method: "awq" } }, "awq"],

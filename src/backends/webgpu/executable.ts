@@ -337,7 +337,7 @@ export class WebGpuExecutable implements Executable {
       const dispatches = kernel.build(context);
       return rewrite === undefined
         ? dispatches
-        : dispatches.map((dispatch) => ({ ...dispatch, wgsl: rewrite(dispatch.wgsl, kernel.id) }));
+        : dispatches.map((dispatch) => ({ ...dispatch, wgsl: rewrite(dispatch.wgsl, kernel.id, i) }));
     });
   }
 

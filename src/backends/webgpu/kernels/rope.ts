@@ -1,3 +1,4 @@
+import { f32Bits } from "../../../core/dtype.js";
 import { type Format, formatKey } from "../../../formats/format.js";
 import { cacheRows, type KeyRows } from "../../../ir/attention-shape.js";
 import type { Node, ValueId } from "../../../ir/graph.js";
@@ -19,44 +20,46 @@ import { keyRowFunction, rowFunctions, rowObstacle, storeRow } from "./kv.js";
 /** A head has at most this many elements: one a thread. */
 const MOST = 256;
 
-/** One stream of heads through the step: rotated or not, into a dense value, a stored value or a cache. */
+/** One stream of heads through the step: perhaps rotated, perhaps transformed, into a dense value, a stored one or a cache. */
 interface Stream {
   readonly source: ValueId;
   readonly heads: number;
   readonly rope: Node<"rope"> | undefined;
+  readonly hadamard: boolean;
   readonly target: ValueId;
   /** Null for a dense target. */
   readonly format: Format | null;
-  readonly cache: { readonly rows: KeyRows; readonly pages: ValueId | undefined } | null;
-  readonly position: string;
+  readonly cache: { readonly rows: KeyRows; readonly pages: ValueId | undefined; readonly position: string } | null;
 }
 
 /** Follows each result's operand back to where it enters the step. */
 function streams(bound: BoundStep): Stream[] {
   const { nodes, outputs } = bound.step;
-  const ropes = new Map(
-    nodes.filter((node): node is Node<"rope"> => node.op === "rope").map((node) => [node.outputs[0], node]),
-  );
+  const producer = new Map(nodes.flatMap((node) => node.outputs.map((id) => [id, node] as const)));
+  const enter = (x: ValueId) => {
+    const turned = producer.get(x);
+    const hadamard = turned?.op === "hadamard";
+    const inner = hadamard ? (turned.inputs[0] as ValueId) : x;
+    const rope = producer.get(inner);
+    return rope?.op === "rope"
+      ? { source: rope.inputs[0] as ValueId, rope, hadamard }
+      : { source: inner, rope: undefined, hadamard };
+  };
   const found: Stream[] = [];
   for (const node of nodes) {
     const out = node.outputs[0] as ValueId;
     const [first, second, pages] = node.inputs as readonly [ValueId, ValueId, ValueId | undefined];
     if (node.op === "kv_write") {
-      const rope = ropes.get(second);
       const types = node.inputs.map((id) => bound.type(id));
       const { format } = types[0] as Extract<(typeof types)[number], { kind: "format" }>;
       const rows = cacheRows(types, node.attrs, bound.name(out));
-      const { position } = node.attrs;
-      const source = rope?.inputs[0] ?? second;
-      found.push({ source, heads: rows.kvHeads, rope, target: first, format, cache: { rows, pages }, position });
+      const cache = { rows, pages, position: node.attrs.position };
+      found.push({ ...enter(second), heads: rows.kvHeads, target: first, format, cache });
     } else if (node.op === "quantize") {
-      const rope = ropes.get(first) as Node<"rope">;
-      const { heads, position } = rope.attrs;
-      const { format } = node.attrs;
-      found.push({ source: rope.inputs[0] as ValueId, heads, rope, target: out, format, cache: null, position });
-    } else if (node.op === "rope" && outputs.includes(out)) {
-      const { heads, position } = node.attrs;
-      found.push({ source: first, heads, rope: node, target: out, format: null, cache: null, position });
+      const { format, heads = 1 } = node.attrs;
+      found.push({ ...enter(first), heads, target: out, format, cache: null });
+    } else if ((node.op === "rope" || node.op === "hadamard") && outputs.includes(out)) {
+      found.push({ ...enter(out), heads: node.attrs.heads, target: out, format: null, cache: null });
     }
   }
   return found;
@@ -95,7 +98,8 @@ export const ROPE_KERNELS: readonly WebGpuKernel[] = [
 function buildRope(context: BuildContext): Dispatch[] {
   const all = streams(context.bound);
   const first = all[0] as Stream;
-  const table = all.find(({ rope }) => rope !== undefined)?.rope?.inputs[1];
+  const rope = all.find((stream) => stream.rope !== undefined)?.rope;
+  const table = rope?.inputs[1];
   const cache = all.find((stream) => stream.cache !== null)?.cache;
   const format = all.find((stream) => stream.format !== null)?.format;
   const sources = [...new Set(all.map(({ source }) => context.placement(source).root))];
@@ -112,6 +116,7 @@ function buildRope(context: BuildContext): Dispatch[] {
     })),
   ];
   const size = sizeOfHead(context.bound, first);
+  const position = rope?.attrs.position ?? cache?.position;
   const threads = Math.max(32, 2 ** Math.ceil(Math.log2(size)));
   const units = all.reduce((sum, { heads }) => sum + heads, 0);
   let begin = 0;
@@ -123,6 +128,7 @@ function buildRope(context: BuildContext): Dispatch[] {
     const x = `x${sources.indexOf(root)}`;
     const start = `let start = t * ${stride}u + ${column}u + head * ${size}u;`;
     const load = stream.rope === undefined ? `bits = ${x}[start + e];` : rotation(x, stream.rope, size);
+    const transform = stream.hadamard ? transformation(size) : "";
     const out = context.placement(stream.target);
     const row = stream.cache === null ? `t * ${stream.heads}u + head` : "key_row(0u, head, position + t)";
     const store =
@@ -132,6 +138,7 @@ function buildRope(context: BuildContext): Dispatch[] {
     return `if (${condition}) {
     ${head} ${start}
     ${load}
+    ${transform}
     ${store}
   }`;
   });
@@ -139,12 +146,13 @@ function buildRope(context: BuildContext): Dispatch[] {
 ${EXACT}
 ${cache ? keyRowFunction(cache.rows, `${cache.rows.keys}u`) : ""}
 ${format ? rowFunctions(format, size, threads) : ""}
+${all.some(({ hadamard }) => hadamard) ? `var<workgroup> turned_bits: array<u32, ${threads}>;` : ""}
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let index = ${FLAT_WORKGROUP};
   let t = index / ${units}u;
   let unit = index % ${units}u;
-  let position = ${context.symbolWgsl(first.position)};
+  ${position === undefined ? "" : `let position = ${context.symbolWgsl(position)};`}
   if (t >= ${context.rowsWgsl(first.source)}) { return; }
   let e = min(lid, ${size - 1}u);
   var bits = 0u;
@@ -170,4 +178,17 @@ function rotation(x: string, { attrs }: Node<"rope">, size: number): string {
     let turned = exact_mul(${x}[start + (${other})], angles[angle + ${half}u]);
     // The lower element loses the upper one times the sine, the upper one gains.
     bits = exact_add(exact_mul(${x}[start + e], angles[angle]), select(turned ^ 0x80000000u, turned, ${upper}));`;
+}
+
+/** Butterflies of stride 1, 2, 4, ... over a head, then a product: `hadamard` of `quantize/attention.ts`, bit for bit. */
+function transformation(size: number): string {
+  const factor = f32Bits(Math.fround(1 / Math.sqrt(size)));
+  return `for (var stride = 1u; stride < ${size}u; stride *= 2u) {
+      turned_bits[lid] = bits;
+      workgroupBarrier();
+      let other = turned_bits[lid ^ stride];
+      workgroupBarrier();
+      bits = exact_add(select(bits, bits ^ 0x80000000u, (lid & stride) != 0u), other);
+    }
+    bits = exact_mul(bits, ${factor}u);`;
 }

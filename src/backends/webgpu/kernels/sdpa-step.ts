@@ -1,6 +1,6 @@
 import { FORMATS } from "../../../formats/table.js";
 import { type AttentionShape, attentionShape } from "../../../ir/attention-shape.js";
-import type { Node, ValueId } from "../../../ir/graph.js";
+import type { Dim, Node, ValueId } from "../../../ir/graph.js";
 import type { SdpaAttrs, SdpaExtra } from "../../../ir/ops.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
@@ -50,11 +50,13 @@ export function queryRows(bound: BoundStep): number {
   return group * (typeof shape.tokens === "number" ? shape.tokens : (bound.symbols[shape.tokens] ?? 0));
 }
 
-/** Keys that a query can see at most. */
+/** Keys that a query can see at most under the step's symbols. */
 export function keyExtent(bound: BoundStep): number {
   const { shape, attrs } = sdpaStep(bound);
-  const keys = typeof shape.keys === "number" ? shape.keys : (bound.symbols[shape.keys] ?? 0);
-  return Math.min(keys, attrs.window ?? keys);
+  const extent = (dim: Dim) => (typeof dim === "number" ? dim : (bound.symbols[dim] ?? 0));
+  const keys = extent(shape.keys);
+  const seen = attrs.position === undefined ? keys : extent(attrs.position) + extent(shape.tokens);
+  return Math.min(keys, seen, attrs.window ?? keys);
 }
 
 /** What every kernel here asks for. */

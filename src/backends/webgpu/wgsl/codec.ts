@@ -188,13 +188,16 @@ function encodeLut(codec: LutCodec): string[] {
   return [...body, `return select(${choice}, ${u(encode(Number.NaN))}, ${isNan("bits")});`];
 }
 
+/** A u32 that orders float32 numbers; -0 comes just before 0. As `exact_key` of `exact.ts`. */
+export function orderKey(value: number): number {
+  return (value < 0 || Object.is(value, -0) ? ~f32Bits(value) : f32Bits(value) | 0x80000000) >>> 0;
+}
+
 /** The order-preserving key of the least float32 between two neighbouring entries that is not coded as the lower one. */
 function boundary(encode: (value: number) => number, entries: readonly number[], low: number, high: number): number {
-  const key = (value: number) =>
-    (value < 0 || Object.is(value, -0) ? ~f32Bits(value) : f32Bits(value) | 0x80000000) >>> 0;
-  const value = (code: number) => f32FromBits(code >= 0x80000000 ? code - 0x80000000 : ~code >>> 0);
+  const value = (key: number) => f32FromBits(key >= 0x80000000 ? key - 0x80000000 : ~key >>> 0);
   const lower = new Set(entries.flatMap((entry, code) => (entry <= (entries[low] as number) ? [code] : [])));
-  let [begin, end] = [key(entries[low] as number), key(entries[high] as number)];
+  let [begin, end] = [orderKey(entries[low] as number), orderKey(entries[high] as number)];
   while (begin < end) {
     const middle = begin + Math.floor((end - begin) / 2);
     if (lower.has(encode(value(middle)))) begin = middle + 1;

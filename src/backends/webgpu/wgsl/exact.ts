@@ -4,6 +4,9 @@
  * products and sums may be contracted). Everything is integer arithmetic except one quotient estimate, which is corrected by
  * its exact remainder. Operands and results are the bits of float32 numbers; every NaN result is `0x7fc00000`.
  *
+ * There are no branches, `&&` and `||` included: compilers that inline everything and merge branches (SwiftShader's) take
+ * exponential time and memory over them.
+ *
  * Functions: `exact_mul`, `exact_div`, `exact_add`, `exact_sub`, `exact_round_even` and `exact_to_int` (to an integer), `exact_bf16` and
  * `exact_f16` (to the nearest number of that type), `exact_less`, `exact_clamp` (lets NaN through), `exact_is_nan`,
  * and `exact_key` / `exact_from_key`, an order-preserving map to u32 for minima and maxima.
@@ -18,7 +21,7 @@ fn exact_from_key(key: u32) -> u32 { return select(~key, key & 0x7fffffffu, key 
 // False when either is NaN; zeros are equal.
 fn exact_less(a: u32, b: u32) -> bool {
   let zeros = ((a | b) & 0x7fffffffu) == 0u;
-  return !zeros && !exact_is_nan(a) && !exact_is_nan(b) && exact_key(a) < exact_key(b);
+  return (exact_key(a) < exact_key(b)) & !(zeros | exact_is_nan(a) | exact_is_nan(b));
 }
 // NaN passes through; -0 is below a bound of 0.
 fn exact_clamp(a: u32, low: u32, high: u32) -> u32 {
@@ -59,9 +62,9 @@ fn exact_mul(a: u32, b: u32) -> u32 {
   let significand = (high << (24u - taken)) | (tail >> taken) | select(0u, 1u, lost);
   let product = exact_pack(sign, bitcast<i32>(l.x + s.x + long) - 127, significand);
   let zero_or_infinity = sign | select(0u, 0x7f800000u, larger == 0x7f800000u);
-  let special = larger > 0x7f800000u || (larger == 0x7f800000u && smaller == 0u);
+  let special = (larger > 0x7f800000u) | ((larger == 0x7f800000u) & (smaller == 0u));
   return select(
-    select(product, zero_or_infinity, smaller == 0u || larger == 0x7f800000u),
+    select(product, zero_or_infinity, (smaller == 0u) | (larger == 0x7f800000u)),
     0x7fc00000u, special);
 }
 
@@ -83,12 +86,12 @@ fn exact_div(a: u32, b: u32) -> u32 {
     remainder -= select(0u, d.y * step, over);
   }
   let twice = 2u * remainder;
-  let significand = (quotient << 3u) | select(0u, 4u, twice >= d.y) | select(0u, 1u, remainder != 0u && twice != d.y);
+  let significand = (quotient << 3u) | select(0u, 4u, twice >= d.y) | select(0u, 1u, (remainder != 0u) & (twice != d.y));
   let ratio = exact_pack(sign, bitcast<i32>(n.x - d.x - lift) + 127, significand);
-  let infinite = ma == 0x7f800000u || mb == 0u;
-  let special = max(ma, mb) > 0x7f800000u || (ma == mb && (ma == 0u || infinite));
+  let infinite = (ma == 0x7f800000u) | (mb == 0u);
+  let special = (max(ma, mb) > 0x7f800000u) | ((ma == mb) & ((ma == 0u) | infinite));
   return select(
-    select(ratio, sign | select(0u, 0x7f800000u, infinite), infinite || ma == 0u || mb == 0x7f800000u),
+    select(ratio, sign | select(0u, 0x7f800000u, infinite), infinite | (ma == 0u) | (mb == 0x7f800000u)),
     0x7fc00000u, special);
 }
 
@@ -111,9 +114,9 @@ fn exact_add(a: u32, b: u32) -> u32 {
   let left = select(zeros - 5u, 0u, carry);
   let significand = select(sum << (left & 31u), (sum >> 1u) | (sum & 1u), carry);
   let total = exact_pack(larger & 0x80000000u, bitcast<i32>(el - left + select(0u, 1u, carry)), significand);
-  let special = ml > 0x7f800000u || (ms == 0x7f800000u && opposite);
+  let special = (ml > 0x7f800000u) | ((ms == 0x7f800000u) & opposite);
   return select(
-    select(select(total, 0u, sum == 0u), select(larger, a & b, ml == 0u), ms == 0u || ml == 0x7f800000u),
+    select(select(total, 0u, sum == 0u), select(larger, a & b, ml == 0u), (ms == 0u) | (ml == 0x7f800000u)),
     0x7fc00000u, special);
 }
 
@@ -150,7 +153,7 @@ fn exact_f16(a: u32) -> u32 {
   // Below 2^-14 the unit is 2^-24: a multiple of it is an integer of the float32 that is 2^24 times as large.
   let unit = 24u << 23u;
   let integer = exact_round_even(magnitude + unit);
-  let subnormal = select(integer - unit, 0u, integer == 0u || magnitude < 0x800000u);
+  let subnormal = select(integer - unit, 0u, (integer == 0u) | (magnitude < 0x800000u));
   let normal = (magnitude + 0xfffu + ((magnitude >> 13u) & 1u)) & 0xffffe000u;
   let finite = select(normal, subnormal, magnitude < 0x38800000u);
   let limited = select(finite, 0x7f800000u, magnitude >= 0x477ff000u);

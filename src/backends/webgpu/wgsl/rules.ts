@@ -3,7 +3,7 @@ import { decodeTable, floatFields, maxValue } from "../../../formats/codec.js";
 import { type Codec, codecBits, codecName, type Format, type Rule } from "../../../formats/format.js";
 import { SMALLEST_NORMAL } from "../../../quantize/affine.js";
 import { LEAST_TENSOR_SCALE, scaleDtype } from "../../../quantize/rules.js";
-import { decodeFunction, encodeFunction, u } from "./codec.js";
+import { decodeFunction, encodeFunction, orderKey, u } from "./codec.js";
 
 /**
  * The rules of `quantize/rules.ts` in WGSL, on float32 bits with the arithmetic of `exact.ts`, so that every code and scale is
@@ -98,7 +98,7 @@ struct Chosen { scale: u32, zero: u32, a: u32, b: u32 }
 fn negative(a: u32) -> u32 { return a ^ 0x80000000u; }
 fn larger(a: u32, b: u32) -> u32 {
   let larger = exact_from_key(max(exact_key(a), exact_key(b)));
-  return select(larger, 0x7fc00000u, exact_is_nan(a) || exact_is_nan(b));
+  return select(larger, 0x7fc00000u, exact_is_nan(a) | exact_is_nan(b));
 }
 `;
 
@@ -365,7 +365,7 @@ function isSortedTable({ element, scales }: Format): boolean {
 function nf4({ format, dtype, guarded }: Context, rule: RuleOf<"nf4">): RuleText {
   const table = [...decodeTable(format.element)];
   const rnd = (text: string) => rounded(dtype, text);
-  const steps = table.slice(1, -1).map((entry) => `select(0u, 1u, !exact_less(ratio, ${f(entry)}))`);
+  const steps = table.slice(1, -1).map((entry) => `select(0u, 1u, key >= ${u(orderKey(entry))})`);
   return {
     functions: `
 fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
@@ -374,12 +374,12 @@ fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
 }
 fn code_of(x: u32, a: u32, b: u32) -> u32 {
   let ratio = ${rnd("exact_div(x, a)")};
-  if (exact_is_nan(ratio)) { return 0u; }
+  let key = exact_key(ratio);
   let entries = array<u32, ${table.length}>(${table.map(f).join(", ")});
   let low = ${steps.join(" + ")};
   let below = ${rnd("exact_sub(ratio, entries[low])")} & 0x7fffffffu;
   let above = ${rnd("exact_sub(ratio, entries[low + 1u])")} & 0x7fffffffu;
-  return select(low, low + 1u, above < below);
+  return select(select(low, low + 1u, above < below), 0u, exact_is_nan(ratio));
 }
 `,
     scalers: { count: rule.scalers, dtype },

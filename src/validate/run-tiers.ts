@@ -1,0 +1,164 @@
+import type { Tier } from "../backends/webgpu/device.js";
+import { FewbitError } from "../core/errors.js";
+import { type BackendName, type Device, type OpenOptions, open } from "../runtime/device.js";
+import { type CaseProgram, caseTable, DEFAULT_SEED, REPRESENTATIVES, type Selection, selectCases } from "./cases.js";
+import { type Culprit, describeDevice, type Report, type ReportedDevice } from "./report.js";
+import { type CaseResult, makeOracle, type Oracle, type RunCasesOptions, runCases } from "./run.js";
+
+export const TIERS: readonly Tier[] = ["default", "portable", "subgroups", "f16"];
+
+/** The feature that makes a tier what it is; a device without it does not offer the tier. */
+const FEATURE_OF: Readonly<Partial<Record<Tier, string>>> = { subgroups: "subgroups", f16: "shader-f16" };
+
+/** What can be switched off, most particular first. */
+const FEATURES = ["chromium-experimental-subgroup-matrix", "shader-f16", "timestamp-query", "subgroups"] as const;
+const LIMITS = "limits above WebGPU's defaults";
+
+export interface ValidateOptions {
+  /** Default: reference and webgpu. */
+  readonly backends?: readonly BackendName[];
+  /** Tiers of WebGPU devices; default: all, the higher ones with representative formats only unless the table is full. */
+  readonly tiers?: readonly Tier[];
+  readonly selection?: Selection;
+  readonly seed?: number;
+  readonly signal?: AbortSignal;
+  /** Keep shaders in results. */
+  readonly shaders?: boolean;
+  /** More for `open`, e.g. the caller's own GPU. */
+  readonly open?: Omit<OpenOptions, "prefer" | "tier" | "without">;
+  /** Faults for `runCases`. */
+  readonly faults?: Pick<RunCasesOptions, "rewrite" | "tamper">;
+}
+
+/** What happens while validating, in order. */
+export type ValidateEvent =
+  | { readonly kind: "device"; readonly device: ReportedDevice; readonly cases: number }
+  | { readonly kind: "result"; readonly result: CaseResult }
+  | { readonly kind: "absent"; readonly backend: string; readonly tier: string; readonly reason: string }
+  | { readonly kind: "culprit"; readonly culprit: Culprit };
+
+/**
+ * Runs the case table on every backend and tier, telling everything as it happens. When a tier fails, its failing cases are run
+ * again with one feature switched off after another, to name the one that breaks them.
+ * Throws `device/unavailable` for a backend that gives no device, `operation/aborted`, `device/lost`.
+ */
+export async function* validate(options: ValidateOptions = {}): AsyncGenerator<ValidateEvent> {
+  const { selection = { quick: true }, seed = DEFAULT_SEED, signal } = options;
+  const programs = selectCases(caseTable({ seed }), selection);
+  const oracle = makeOracle();
+  for (const backend of options.backends ?? ["reference", "webgpu"]) {
+    const tiers: readonly (Tier | null)[] = backend === "webgpu" ? (options.tiers ?? TIERS) : [null];
+    for (const tier of tiers) {
+      const sampled = options.tiers === undefined && selection.quick === true && tier !== null && tier !== "default";
+      const cases = sampled ? programs.filter(({ format }) => REPRESENTATIVES.includes(format)) : programs;
+      await using device = await openTier(backend, tier, options);
+      const feature = tier === null ? undefined : FEATURE_OF[tier];
+      if (tier !== null && feature !== undefined && !device.capabilities.features.has(feature)) {
+        yield { kind: "absent", backend, tier, reason: `${device.info.name} has no ${feature}` };
+        continue;
+      }
+      yield {
+        kind: "device",
+        device: describeDevice(device, tier),
+        cases: cases.reduce((sum, { runs }) => sum + runs.length, 0),
+      };
+      const run = { tier, seed, oracle, ...(signal && { signal }), ...options.faults };
+      const failed: string[] = [];
+      for await (const result of runCases(device, cases, { ...run, ...(options.shaders && { shaders: true }) })) {
+        if (result.status === "failed") failed.push(result.id);
+        yield { kind: "result", result };
+      }
+      if (tier === null || failed.length === 0) continue;
+      for (const culprit of await blame(
+        backend,
+        tier,
+        device,
+        selectFailed(cases, failed),
+        { ...options, seed },
+        oracle,
+      )) {
+        yield { kind: "culprit", culprit };
+      }
+    }
+  }
+}
+
+/** Everything at once, as a report. `onEvent` sees events as they come. */
+export async function makeReport(
+  options: ValidateOptions,
+  about: Pick<Report, "fewbit" | "host" | "created">,
+  onEvent: (event: ValidateEvent) => void = () => {},
+): Promise<Report> {
+  const start = performance.now();
+  const found = {
+    devices: [] as ReportedDevice[],
+    absent: [] as Report["absent"][number][],
+    culprits: [] as Culprit[],
+    results: [] as CaseResult[],
+  };
+  for await (const event of validate(options)) {
+    if (event.kind === "device") found.devices.push(event.device);
+    else if (event.kind === "result") found.results.push(event.result);
+    else if (event.kind === "culprit") found.culprits.push(event.culprit);
+    else found.absent.push({ backend: event.backend, tier: event.tier, reason: event.reason });
+    onEvent(event);
+  }
+  return {
+    format: 1,
+    ...about,
+    seed: options.seed ?? DEFAULT_SEED,
+    ...found,
+    seconds: (performance.now() - start) / 1000,
+  };
+}
+
+function openTier(
+  backend: BackendName,
+  tier: Tier | null,
+  options: ValidateOptions,
+  without: readonly string[] = [],
+): Promise<Device> {
+  const signal = options.signal && { signal: options.signal };
+  return open({ ...options.open, prefer: [backend], ...(tier === null ? {} : { tier, without }), ...signal });
+}
+
+/** Failing cases that are run again to find their cause: a handful tells as much as all. */
+const BLAMED = 8;
+
+function selectFailed(programs: readonly CaseProgram[], failed: readonly string[]): CaseProgram[] {
+  return selectCases(programs, { ids: failed.slice(0, BLAMED) });
+}
+
+async function blame(
+  backend: BackendName,
+  tier: Tier,
+  broken: Device,
+  programs: readonly CaseProgram[],
+  options: ValidateOptions,
+  oracle: Oracle,
+): Promise<Culprit[]> {
+  const cases = programs.flatMap(({ runs }) => runs.map(({ id }) => id));
+  const features = FEATURES.filter((feature) => broken.capabilities.features.has(feature));
+  const trials: (readonly [what: string, tier: Tier, without: readonly string[]])[] = [
+    ...features.map((feature) => [feature, tier, [feature]] as const),
+    ...(tier === "default" ? [] : [[LIMITS, "default", []] as const]),
+  ];
+  const culprits: Culprit[] = [];
+  for (const [feature, lower, without] of trials) {
+    await using device = await openTier(backend, lower, options, without);
+    const passed = new Set<string>();
+    const run = { tier: lower, oracle, ...(options.signal && { signal: options.signal }), ...options.faults };
+    for await (const result of runCases(device, programs, run)) if (result.status === "passed") passed.add(result.id);
+    const cured = cases.filter((id) => passed.has(id));
+    if (cured.length > 0) culprits.push({ backend, tier, feature, cases: cured });
+    if (cured.length === cases.length) return culprits;
+  }
+  const rest = cases.filter((id) => !culprits.some((culprit) => culprit.cases.includes(id)));
+  if (rest.length > 0) culprits.push({ backend, tier, feature: null, cases: rest });
+  return culprits;
+}
+
+/** Whether an error says that a backend is not there. */
+export function isAbsent(error: unknown): error is FewbitError<"device/unavailable"> {
+  return error instanceof FewbitError && error.code === "device/unavailable";
+}
