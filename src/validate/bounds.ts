@@ -157,9 +157,10 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
   /** Every sum and product is rounded to float32 in one order, on every backend alike. */
   hadamard: exact as Rule<"hadamard">,
 
-  /** a cos - b sin: two products and a sum. */
-  rope: ([x, table], { heads, position, interleaved }, symbols) => {
+  /** Rounded product by product as the definition does: exact on exact operands. */
+  rope: ([x, table], { heads, position, interleaved }, symbols, types, node) => {
     const source = near(x);
+    const [value] = evaluateNode(node, [tensorOf(x), tensorOf(table)], symbols, types) as [DenseTensor];
     const width = shapeRows(source.shape)[1];
     const size = width / heads;
     const half = size / 2;
@@ -169,14 +170,15 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
       const pair = interleaved ? Math.floor(column / 2) : column % half;
       const first = interleaved ? column % 2 === 0 : column < half;
       const other = i + (interleaved ? 1 : half) * (first ? 1 : -1);
+      const [own, cross] = [source.error[i] as number, source.error[other] as number];
+      if (own === 0 && cross === 0) return [value.data[i] as number, 0];
       const at = ((symbols[position] ?? 0) + Math.floor(i / width)) * size;
       const [cos, sin] = [angles[at + pair] as number, angles[at + half + pair] as number];
-      const [own, cross] = [
-        (source.values[i] as number) * cos,
-        (source.values[other] as number) * (first ? -sin : sin),
+      const size2 = Math.abs((source.values[i] as number) * cos) + Math.abs((source.values[other] as number) * sin);
+      return [
+        value.data[i] as number,
+        2 * U * size2 + Math.abs(cos) * own + Math.abs(sin) * cross + 2 * halfUlp(value.data[i] as number),
       ];
-      const moved = Math.abs(cos) * (source.error[i] as number) + Math.abs(sin) * (source.error[other] as number);
-      return [own + cross, U * (Math.abs(own) + Math.abs(cross)) + moved + halfUlp(own + cross)];
     });
   },
 
@@ -360,14 +362,17 @@ function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined): Ne
   const runs = Math.ceil(k / run);
   const relative = integer ? (runs > 1 ? 2 * Math.sqrt(runs) * U : 0) + (scales + 1) * U : 2 * Math.sqrt(k) * U;
   const leading = stored === null ? near(x).shape.slice(0, -1) : stored.shape.slice(0, 1);
+  // The sums here are rounded too, in float64.
+  const own = k * 2 ** -53;
   return result([...leading, n], (i) => {
     const [row, column] = [Math.floor(i / n) * k, (i % n) * k];
     const constant = bias === undefined ? 0 : (bias.values[i % n] as number);
-    let [sum, size, passed] = [0, 0, 0];
+    let [sum, size, passed, exactSize] = [0, 0, 0, 0];
     for (let begin = 0; begin < k; begin += run) {
       let part = 0;
       for (let j = begin; j < begin + run; j++) {
         part += (values[row + j] as number) * (w[column + j] as number);
+        exactSize += Math.abs((values[row + j] as number) * (w[column + j] as number));
         if (!integer) size += Math.abs(inputs[row + j] as number) * (wSize[column + j] as number);
         if (error !== null) passed += (error[row + j] as number) * Math.abs(w[column + j] as number);
       }
@@ -376,7 +381,7 @@ function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined): Ne
     }
     const value = sum + constant;
     // A bias is one more rounding, of a sum that is within the bound so far.
-    const rounded = relative * size + passed + k * TINY;
+    const rounded = relative * size + passed + own * exactSize + k * TINY;
     const added = bias === undefined ? 0 : (bias.error[i % n] as number) + halfUlp(sum, rounded);
     return [value, rounded + added + halfUlp(value, rounded)];
   })[0] as Near;

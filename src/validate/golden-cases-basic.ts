@@ -232,7 +232,7 @@ async function fakeQuant(context: GoldenContext): Promise<void> {
 /** 19: symmetric [-127, 127] per token; the cache keeps its scale in the model's dtype. */
 async function kvCache(context: GoldenContext): Promise<void> {
   const dtype = context.dtype("k");
-  const [n, k] = context.matrix("k");
+  const [, k] = context.matrix("k");
   const scale = dtype === "f16" ? "f32" : dtype;
   const format = affineFormat({
     min: -127,

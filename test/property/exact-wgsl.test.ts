@@ -1,5 +1,6 @@
 import fc from "fast-check";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { LONG } from "../../src/backends/webgpu/kernels/scalers.js";
 import { EXACT } from "../../src/backends/webgpu/wgsl/exact.js";
 import { f32Bits, f32FromBits, roundEven, roundTo } from "../../src/core/dtype.js";
 import { float32Samples, randomWords, sameNumber } from "../support/codecs.js";
@@ -115,6 +116,55 @@ fn there_and_back(a: u32) -> u32 { return exact_from_key(exact_key(a)); }`;
       (i) => [number(a, i)],
     );
     expect(await mapWords(gpu, wrap, "there_and_back", a)).toEqual(a);
+  });
+});
+
+describe(`float64 sums and means in WGSL, seed ${SEED}`, () => {
+  const wrap = `${EXACT}${LONG}
+fn sum(a: u32, b: u32, c: u32) -> Long { return long_add(long_add(long_of(a), long_of(b)), long_of(c)); }
+fn sum_high(a: u32, b: u32, c: u32) -> u32 { return sum(a, b, c).high; }
+fn sum_low(a: u32, b: u32, c: u32) -> u32 { return sum(a, b, c).low; }
+fn sum_exponent(a: u32, b: u32, c: u32) -> u32 { return u32(sum(a, b, c).exponent + 1000); }
+fn mean(a: u32, b: u32, c: u32, count: u32) -> u32 { return long_mean(sum(a, b, c), count); }`;
+  const next = randomWords(SEED + 3);
+  // Positive numbers whose exponents are up to 70 apart, some of them whole powers of two, and zeros.
+  const positive = () => {
+    const mantissa = next() % 4 === 0 ? 0 : next() & 0x7fffff;
+    return next() % 16 === 0 ? 0 : ((90 + (next() % 70)) << 23) | mantissa;
+  };
+  // Sums and quotients whose rounding carries through every bit, then random ones.
+  const ones = 2 ** 24 - 1;
+  const directed = Array.from({ length: 64 }, (_, i) => {
+    const [base, count] = i % 2 === 0 ? [2 ** (i - 20), 1] : [1, 2 ** 20 + 1];
+    const [a, b, c] = i % 2 === 0 ? [(ones - i) * 2 ** 48, ones * 2 ** 24, ones] : [2 ** 52, ones * 2 ** 8, 255];
+    return [...[a, b, c].map((part) => f32Bits(part * base)), count] as const;
+  });
+  const random = Array.from({ length: 20_000 }, (_, i) => {
+    const count = i % 3 === 0 ? 1 + (i % 50) : 1 + (next() >>> (1 + (next() % 31)));
+    return [positive(), positive(), positive(), count] as const;
+  });
+  const rows = [...directed, ...random];
+  const columns = [0, 1, 2, 3].map((column) => Uint32Array.from(rows, (row) => row[column] as number));
+  const [first, second, third, counts] = columns as [Uint32Array, Uint32Array, Uint32Array, Uint32Array];
+  const value = (column: number, i: number) => f32FromBits((columns[column] as Uint32Array)[i] as number);
+
+  test("sums", async () => {
+    const high = await mapWords(gpu, wrap, "sum_high", first, second, third);
+    const low = await mapWords(gpu, wrap, "sum_low", first, second, third);
+    const exponent = await mapWords(gpu, wrap, "sum_exponent", first, second, third);
+    const got = (i: number) => {
+      const significand = (high[i] as number) * 2 ** 32 + (low[i] as number);
+      return significand === 0 ? 0 : significand * 2 ** ((exponent[i] as number) - 1000 - 127 - 62);
+    };
+    const wrong = [...high.keys()].filter((i) => got(i) !== value(0, i) + value(1, i) + value(2, i));
+    expect(wrong.slice(0, 5).map((i) => [value(0, i), value(1, i), value(2, i), got(i)])).toEqual([]);
+  });
+
+  test("means", async () => {
+    const got = await mapWords(gpu, wrap, "mean", first, second, third, counts);
+    const sum = (i: number) => value(0, i) + value(1, i) + value(2, i);
+    const mean = (i: number) => Math.fround(sum(i) / (counts[i] as number));
+    report([...counts.keys()], got, mean, (i) => [value(0, i), value(1, i), value(2, i), counts[i] as number]);
   });
 });
 

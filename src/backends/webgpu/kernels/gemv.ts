@@ -8,7 +8,7 @@ import {
   shaderHead,
   type WebGpuKernel,
 } from "../kernel.js";
-import { CHUNK } from "../wgsl/stored.js";
+import { CHUNK, type StoredReader } from "../wgsl/stored.js";
 import {
   accumulate,
   chunked,
@@ -18,6 +18,7 @@ import {
   type LinearStep,
   linearParts,
   linearStep,
+  type Sums,
 } from "./linear.js";
 
 /** Activation rows that one GEMV dispatch takes. */
@@ -84,9 +85,8 @@ function buildGemv(context: BuildContext, subgroups: boolean): Dispatch[] {
     const parts = linearParts(context, step, groups, slice);
     const n = end - begin;
     const room = Math.floor((n * perRow) / (threads * BUSY_WORKGROUPS));
-    const features = wide
-      ? Math.max(1, Math.min(MAX_FEATURES_PER_SUBGROUP / parts.weights.length / Math.min(rows, 4), room))
-      : 1;
+    const features =
+      wide && rows === 1 ? Math.max(1, Math.min(MAX_FEATURES_PER_SUBGROUP / parts.weights.length, room)) : 1;
     const perLane = 2 ** Math.floor(Math.log2(Math.max(1, features)));
     const stage = wide && parts.xStored === null ? stageChunks(chunks, rows, perRow) : 0;
     const workgroups = Math.ceil(n / ((threads / perRow) * perLane));
@@ -124,32 +124,38 @@ function gemvSource(context: BuildContext, parts: LinearParts, shape: Shape): st
   const { rows, chunks, threads, perRow, perLane, n, subgroups, stage, step } = shape;
   const accumulator = parts.integer && parts.scaleAfter ? "i32" : "f32";
   const zero = hasFloatZero(parts);
-  const each = <T>(f: (part: number, feature: number, m: number) => T): T[] =>
-    parts.weights.flatMap((_, part) =>
-      Array.from({ length: perLane * rows }, (_, i) => f(part, Math.floor(i / rows), i % rows)),
-    );
-  const name = (part: number, feature: number, m: number) => `sum${part}_${feature}_${m}`;
-  const declare = each(
-    (part, r, m) => `var ${name(part, r, m)}: ${accumulator} = 0;${zero ? ` var ${name(part, r, m)}_z: f32 = 0;` : ""}`,
+  const single = rows === 1;
+  /** A sum for every part and output feature; with several rows of x it is an array over them, so that the text stays short. */
+  const cells = parts.weights.flatMap((_, part) =>
+    Array.from({ length: perLane }, (_, r) => ({ part, r, name: `sum${part}_${r}` })),
   );
-  const row = (m: number) => (rows === 1 ? "0u" : `min(${m}u, rows - 1u)`);
+  const sums = (name: string, m: string): Sums =>
+    single ? { sum: name, zero: `${name}_z` } : { sum: `${name}[${m}]`, zero: `${name}_z[${m}]` };
+  const typeOf = (type: string) => (single ? type : `array<${type}, ${rows}>`);
+  const declare = cells.map(
+    ({ name }) => `var ${name}: ${typeOf(accumulator)};${zero ? ` var ${name}_z: ${typeOf("f32")};` : ""}`,
+  );
+  const overRows = (text: string) => (single ? text : `for (var m = 0u; m < ${rows}u; m++) {\n${text}\n}`);
+  const [m, row] = single ? ["0u", "0u"] : ["m", "min(m, rows - 1u)"];
   const pitch = stage + 1;
-  const loadX = (m: number) =>
+  const loadX =
     stage === 0
-      ? parts.loadX(`x${m}_`, row(m), "c")
-      : Array.from({ length: 8 }, (_, i) => `let x${m}_${i} = staged[${(m * 8 + i) * pitch}u + c - c0];`).join("\n");
-  const multiply = parts.weights.flatMap((reader, part) =>
-    Array.from({ length: perLane }, (_, r) => {
-      const load = parts.packedBytes
-        ? reader.chunkWords(`w_`, `feature${r}`, "c")
-        : reader.chunk(`w_`, `feature${r}`, "c");
-      const adds = Array.from({ length: rows }, (_, m) =>
-        accumulate(parts, part, name(part, r, m), `x${m}_`, "w_", row(m), `feature${r}`, "c"),
-      );
-      return `{\n${load}\n${adds.join("\n")}\n}`;
-    }),
-  );
-  const body = [...Array.from({ length: rows }, (_, m) => loadX(m)), ...multiply].join("\n");
+      ? parts.loadX("x_", row, "c")
+      : Array.from({ length: 8 }, (_, i) => `let x_${i} = staged[(${m} * 8u + ${i}u) * ${pitch}u + c - c0];`).join(
+          "\n",
+        );
+  const loadW = ({ part, r, name }: (typeof cells)[number]) => {
+    const reader = parts.weights[part] as StoredReader;
+    return parts.packedBytes
+      ? reader.chunkWords(`${name}_`, `feature${r}`, "c")
+      : reader.chunk(`${name}_`, `feature${r}`, "c");
+  };
+  const add = ({ part, r, name }: (typeof cells)[number]) =>
+    accumulate(parts, part, sums(name, m), "x_", `${name}_`, row, `feature${r}`, "c");
+  // One row of x stays in registers while the weights of each feature pass by; several rows pass by one feature's weights.
+  const body = single
+    ? [loadX, ...cells.map((cell) => `{\n${loadW(cell)}\n${add(cell)}\n}`)].join("\n")
+    : [...cells.map(loadW), overRows([loadX, ...cells.map(add)].join("\n"))].join("\n");
   const walk =
     stage === 0
       ? `for (var c = lane; c < ${chunks}u; c += ${perRow}u) {\n${body}\n}`
@@ -159,43 +165,46 @@ for (var i = lid; i < ${rows * stage * 8}u; i += ${threads}u) {
 let m = i / ${stage * 8}u;
 let at = c0 * 8u + i % ${stage * 8}u;
 // Lanes of a subgroup read neighbouring vec4s: element j of every chunk lies side by side.
-staged[(m * 8u + at % 8u) * ${pitch}u + at / 8u - c0] = ${parts.xVector(rows === 1 ? "0u" : "min(m, rows - 1u)", "at")};
+staged[(m * 8u + at % 8u) * ${pitch}u + at / 8u - c0] = ${parts.xVector(row, "at")};
 }
 workgroupBarrier();
 for (var c = c0 + lane; c < min(c0 + ${stage}u, ${chunks}u); c += ${perRow}u) {\n${body}\n}
 }`;
-  const values = each((part, r, m) => name(part, r, m)).flatMap((sum) =>
-    zero
+  const values = cells.flatMap(({ name }) => {
+    const { sum, zero: zeroSum } = sums(name, "m");
+    return zero
       ? [
           { sum, type: accumulator },
-          { sum: `${sum}_z`, type: "f32" },
+          { sum: zeroSum, type: "f32" },
         ]
-      : [{ sum, type: accumulator }],
-  );
+      : [{ sum, type: accumulator }];
+  });
+  const slot = (v: number) =>
+    `${single ? "" : `(m * ${values.length}u + ${v}u) * ${threads}u + `}${single ? v * threads : 0}u + lid`;
+  const shared = (type: string) => (type === "i32" ? "shared_i" : "shared_f");
   const reduce = subgroups
-    ? values.map(({ sum }) => `${sum} = subgroupAdd(${sum});`).join("\n")
+    ? overRows(values.map(({ sum }) => `${sum} = subgroupAdd(${sum});`).join("\n"))
     : // One barrier for all sums: SwiftShader's compiler takes a tenth of a second for each.
       [
-        ...values.map(
-          ({ sum, type }, v) => `${type === "i32" ? "shared_i" : "shared_f"}[${v * threads}u + lid] = ${sum};`,
-        ),
+        overRows(values.map(({ sum, type }, v) => `${shared(type)}[${slot(v)}] = ${sum};`).join("\n")),
         "workgroupBarrier();",
-        `if (lane == 0u) { for (var i = 1u; i < ${perRow}u; i++) {`,
-        ...values.map(
-          ({ sum, type }, v) => `${sum} += ${type === "i32" ? "shared_i" : "shared_f"}[${v * threads}u + lid + i];`,
-        ),
-        "} }",
+        `if (lane == 0u) { ${overRows(`for (var i = 1u; i < ${perRow}u; i++) {
+${values.map(({ sum, type }, v) => `${sum} += ${shared(type)}[${slot(v)} + i];`).join("\n")}
+}`)} }`,
       ].join("\n");
-  const stores = Array.from({ length: perLane * rows }, (_, i) => {
-    const [r, m] = [Math.floor(i / rows), i % rows];
-    const sums = parts.weights.map((_, part) => finish(parts, part, name(part, r, m), `${m}u`, `feature${r}`));
-    const guards = [...(rows === 1 ? [] : [`${m}u < rows`]), `index + ${r}u < ${n}u`];
-    return `if (${guards.join(" && ")}) { ${parts.store(`${m}u`, `feature${r}`, sums)} }`;
+  const stores = Array.from({ length: perLane }, (_, r) => {
+    const finished = parts.weights.map((_, part) =>
+      finish(parts, part, sums(`sum${part}_${r}`, "m"), m, `feature${r}`),
+    );
+    const guards = [...(single ? [] : ["m < rows"]), `index + ${r}u < ${n}u`];
+    return overRows(`if (${guards.join(" && ")}) { ${parts.store(m, `feature${r}`, finished)} }`);
   });
   const memory = [
     stage > 0 ? `var<workgroup> staged: array<vec4<f32>, ${rows * 8 * pitch}>;` : "",
-    subgroups ? "" : `var<workgroup> shared_f: array<f32, ${values.length * threads}>;`,
-    !subgroups && accumulator === "i32" ? `var<workgroup> shared_i: array<i32, ${values.length * threads}>;` : "",
+    subgroups ? "" : `var<workgroup> shared_f: array<f32, ${rows * values.length * threads}>;`,
+    !subgroups && accumulator === "i32"
+      ? `var<workgroup> shared_i: array<i32, ${rows * values.length * threads}>;`
+      : "",
   ];
   const builtins = subgroups ? ", @builtin(subgroup_invocation_id) lane: u32, @builtin(subgroup_id) group: u32" : "";
   return `${shaderHead(parts.operands, subgroups ? ["subgroups"] : [])}

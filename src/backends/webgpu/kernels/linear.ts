@@ -141,6 +141,7 @@ export function linearParts(
   const ragged = step.k % CHUNK !== 0;
   const packedBytes = first.packedBytes && xStored?.packedBytes === true && !ragged;
   const scaleAfter = first.constantAlongK && (xStored?.constantAlongK ?? true);
+  const vector = integer ? "vec4<i32>" : "vec4<f32>";
   const kAt = (at: string) => (ragged ? `min(${at}, ${step.k - 1}u)` : at);
   return {
     operands,
@@ -150,6 +151,15 @@ export function linearParts(
       ...reader,
       scale: (row, at) => reader.scale(row, kAt(at)),
       zero: (row, at) => reader.zero(row, kAt(at)),
+      // What lies after the last element of a row may be anything, and anything times zero may be NaN.
+      chunk: (out, row, c) => {
+        if (!ragged) return reader.chunk(out, row, c);
+        const lines = [reader.chunk(`${out}r`, row, c)];
+        for (let i = 0; i < 8; i++) {
+          lines.push(`let ${out}${i} = select(${vector}(), ${out}r${i}, ${c} * 8u + ${i}u < ${k4}u);`);
+        }
+        return lines.join("\n");
+      },
     })),
     xStored,
     scaleAfter,
@@ -196,14 +206,20 @@ export function linearParts(
   };
 }
 
+/** The names of a running sum and, for formats with a float zero point, of the sum of its zero points' share. */
+export interface Sums {
+  readonly sum: string;
+  readonly zero: string;
+}
+
 /**
- * Statements that add one chunk's products to `sum`: x chunk `X`, weight chunk `W` (names of declared vec4s), row m, output
+ * Statements that add one chunk's products to a sum: x chunk `X`, weight chunk `W` (names of declared vec4s), row m, output
  * row n, chunk c. With `scaleAfter` the sum holds bare code products (i32 when both are integers).
  */
 export function accumulate(
   parts: LinearParts,
   part: number,
-  sum: string,
+  { sum, zero: zeroSum }: Sums,
   x: string,
   w: string,
   m: string,
@@ -230,19 +246,19 @@ export function accumulate(
       const total = range.map((i) => `dot(${x}${i}, ${parts.integer ? "vec4<i32>(1)" : "vec4<f32>(1.0)"})`).join(" + ");
       const xScale = parts.xScale(m, at);
       // With the scales applied afterwards, the zero point's own sum is divided out of them: keep it apart instead.
-      lines.push(`${sum}_z += (${total}) * ${zero}${xScale === "1.0" || parts.scaleAfter ? "" : ` * (${xScale})`};`);
+      lines.push(`${zeroSum} += (${total}) * ${zero}${xScale === "1.0" || parts.scaleAfter ? "" : ` * (${xScale})`};`);
     }
   }
   return lines.join("\n");
 }
 
 /** The finished value of a sum, scales that were left for the end applied. */
-export function finish(parts: LinearParts, part: number, sum: string, m: string, n: string): string {
+export function finish(parts: LinearParts, part: number, { sum, zero }: Sums, m: string, n: string): string {
   const weights = parts.weights[part] as StoredReader;
   const hasZero = weights.zero("0u", "0u") !== null;
-  if (!parts.scaleAfter) return hasZero ? `(${sum} + ${sum}_z)` : sum;
+  if (!parts.scaleAfter) return hasZero ? `(${sum} + ${zero})` : sum;
   const xScale = parts.xScale(m, "0u");
-  const scaled = `f32(${sum}) * (${weights.scale(n, "0u")})${hasZero ? ` + ${sum}_z` : ""}`;
+  const scaled = `f32(${sum}) * (${weights.scale(n, "0u")})${hasZero ? ` + ${zero}` : ""}`;
   return xScale === "1.0" ? `(${scaled})` : `((${scaled}) * (${xScale}))`;
 }
 

@@ -1,3 +1,4 @@
+import { scaleGranularity } from "../../../formats/tensor.js";
 import {
   type BuildContext,
   type Dispatch,
@@ -9,7 +10,7 @@ import {
   type WebGpuKernel,
   write,
 } from "../kernel.js";
-import { storedReader } from "../wgsl/stored.js";
+import { isIntegerFormat, storedReader } from "../wgsl/stored.js";
 import { UNARY_WGSL } from "./elementwise.js";
 import { linearStep } from "./linear.js";
 
@@ -51,8 +52,23 @@ function buildPlain(context: BuildContext): Dispatch[] {
     const place = context.placement(step.x);
     const out = context.placement(step.out);
     const xAt = xReader === null ? `x[m * ${place.stride}u + ${place.column}u + k]` : xReader.element("m", "k");
+    const formats = [...(xType.kind === "format" ? [xType.format] : []), ...groups.map((group) => group.format)];
+    const exactRun =
+      xReader !== null && formats.every(isIntegerFormat)
+        ? Math.min(...formats.map((format) => scaleGranularity(format, step.k)))
+        : null;
     const sums = readers.map((reader, i) => {
       const bias = step.biases[i] === undefined ? "" : ` + bias${i}[${begin}u + n]`;
+      if (exactRun !== null && xReader !== null) {
+        // Products of integers are summed exactly over the elements that share their scales.
+        return `var y${i} = 0.0;
+  for (var g = 0u; g < ${step.k}u; g += ${exactRun}u) {
+    var part = 0;
+    for (var k = g; k < g + ${exactRun}u; k++) { part += i32(${xReader.code("m", "k")}) * i32(${reader.code("n", "k")}); }
+    y${i} += f32(part) * (${reader.scale("n", "g")} * (${xReader.scale("m", "g")}));
+  }
+  y${i} = y${i}${bias};`;
+      }
       return `var y${i} = 0.0;
   for (var k = 0u; k < ${step.k}u; k++) { y${i} += ${xAt} * ${reader.element("n", "k")}; }
   y${i} = y${i}${bias};`;

@@ -19,7 +19,7 @@ const rounded = (dtype: FloatType, text: string): string => (dtype === "f32" ? t
  * The definition adds up in float64, block after block, so one thread does the same while the others fetch. A float64 that is
  * not negative is its 53-bit significand in 64 bits, bit 62 leading, and the exponent field that float32 would have.
  */
-const LONG = /* wgsl */ `
+export const LONG = /* wgsl */ `
 struct Long { high: u32, low: u32, exponent: i32 }
 
 fn long_of(bits: u32) -> Long {
@@ -87,7 +87,7 @@ fn long_mean(sum: Long, count: u32) -> u32 {
     high = (high << 1u) | (low >> 31u);
     low = (low << 1u) | select(0u, 1u, one);
   }
-  // To 53 bits, and these to 27 for the float32.
+  // To 53 bits (a quotient of such short numbers is never so close below a power of two that it becomes it), then to 27.
   let tail = low & 7u;
   let up = tail > 4u || (tail == 4u && (remainder != 0u || (low & 8u) != 0u));
   low &= ~7u;
@@ -95,9 +95,7 @@ fn long_mean(sum: Long, count: u32) -> u32 {
     low += 8u;
     high += select(0u, 1u, low == 0u);
   }
-  let carried = high >= 0x1000000u;
-  let whole = long_shifted(high, low, select(29u, 30u, carried)).y;
-  return exact_pack(0u, sum.exponent + 56 - taken + select(0, 1, carried), whole);
+  return exact_pack(0u, sum.exponent + 56 - taken, long_shifted(high, low, 29u).y);
 }
 `;
 

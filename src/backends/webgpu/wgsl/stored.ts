@@ -39,6 +39,8 @@ export interface StoredReader {
   scale(row: string, k: string): string;
   /** The additive part of a float zero point at an element; null without one. */
   zero(row: string, k: string): string | null;
+  /** One element's code value, an integer zero point subtracted, scales not applied: for kernels that do not work in chunks. */
+  code(row: string, k: string): string;
   /** One element's real value, scales and zero point applied: for kernels that do not work in chunks. */
   element(row: string, k: string): string;
 }
@@ -138,6 +140,10 @@ export function storedReader(
     },
     scale,
     zero,
+    code: (row, at) => {
+      const code = elements.value(row, at);
+      return format.zero.domain === "int" ? `(${code} - ${prefix}_z(${row}, ${at}))` : code;
+    },
     element: (row, at) => {
       const code = elements.value(row, at);
       if (format.zero.domain === "float")
