@@ -370,7 +370,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       const { temperature, topK, topP } = options?.settings ?? { temperature: 0, topK: 0, topP: 1 };
       const settings = packSettings({ temperature, topK, topP, seed: seedOf(seed, "draw"), step: run.seed as number });
       return {
-        logits: floats([1, at(shape, "vocabulary")], seed, 3),
+        logits: floats([1, at(shape, "vocabulary")], seed, 1.5),
         settings: { dtype: "u32", shape: [5], data: settings },
         ids: { dtype: "i32", shape: [4], data: Int32Array.of(9, 8, 7, 6) },
       };

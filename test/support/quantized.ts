@@ -6,7 +6,7 @@ import {
 } from "../../src/backends/webgpu/kernels/quantize.js";
 import { layoutWords, storedLayout, tensorFromWords } from "../../src/backends/webgpu/layout.js";
 import { decode } from "../../src/formats/codec.js";
-import { blockGrid, codecBits, codecVector, extentOf, type Format } from "../../src/formats/format.js";
+import { blockGrid, type Codec, codecBits, codecVector, extentOf, type Format } from "../../src/formats/format.js";
 import { readCode, rowWords } from "../../src/formats/pack.js";
 import type { QuantizedTensor } from "../../src/formats/tensor.js";
 import { sameCode } from "./codecs.js";
@@ -61,61 +61,75 @@ export async function dequantizeOnGpu(gpu: TestGpu, tensor: QuantizedTensor): Pr
 
 /**
  * Where two tensors of one format and shape differ, in words; empty when codes, scales and zero points are equal. NaN scales
- * equal each other, and in a block whose scale is not finite, nor its extremes, codes and zero points mean nothing
- * (specification 1).
+ * equal each other, and in a block whose scale is not finite neither codes nor zero points mean anything (specification 1).
  */
 export function differences(got: QuantizedTensor, expected: QuantizedTensor, limit = 5): string[] {
   const { format, shape } = expected;
   const [rows, k] = shape;
+  const [first] = format.scales;
   const found: string[] = [];
-  const note = (text: string) => {
-    if (found.length < limit) found.push(text);
+  const compare = (
+    what: () => string,
+    codec: Codec,
+    words: (tensor: QuantizedTensor) => Uint32Array | undefined,
+    base: number,
+    index: number,
+  ) => {
+    const read = (tensor: QuantizedTensor) => readCode(words(tensor) as Uint32Array, base, index, codecBits(codec));
+    const [a, b] = [read(got), read(expected)];
+    if (found.length < limit && !sameCode(codec, a, b)) found.push(`${what()}: code ${a}, expected ${b}`);
+    return b;
   };
+
   const finite: boolean[] = [];
-  for (const [i, level] of format.scales.entries()) {
-    const [bandCount, columns] = blockGrid(level.block, shape);
-    const bits = codecBits(level.codec);
-    for (let block = 0; block < bandCount * columns; block++) {
-      const [a, b] = [got, expected].map((tensor) => readCode(tensor.scales[i] as Uint32Array, 0, block, bits)) as [
-        number,
-        number,
-      ];
-      if (!sameCode(level.codec, a, b))
-        note(`scale ${i} of block ${block}: ${decode(level.codec, a)}, expected ${decode(level.codec, b)}`);
-      if (i === 0) finite[block] = Number.isFinite(decode(level.codec, b));
+  for (const [level, { codec, block }] of format.scales.entries()) {
+    const [bands, columns] = blockGrid(block, shape);
+    for (let i = 0; i < bands * columns; i++) {
+      const code = compare(
+        () => `scale ${level} of block ${i}`,
+        codec,
+        (tensor) => tensor.scales[level],
+        0,
+        i,
+      );
+      if (level === 0) finite[i] = Number.isFinite(decode(codec, code));
     }
   }
-  const first = format.scales[0];
-  if (format.zero.domain !== "none" && first !== undefined) {
-    const [bandCount, columns] = blockGrid(first.block, shape);
+  if (format.zero.domain !== "none") {
     const { codec } = format.zero;
-    for (let block = 0; block < bandCount * columns; block++) {
-      if (!finite[block]) continue;
-      const [a, b] = [got, expected].map((tensor) =>
-        readCode(tensor.zero as Uint32Array, 0, block, codecBits(codec)),
-      ) as [number, number];
-      if (!sameCode(codec, a, b))
-        note(`zero point of block ${block}: ${decode(codec, a)}, expected ${decode(codec, b)}`);
+    for (const [i, meaningful] of finite.entries()) {
+      if (meaningful)
+        compare(
+          () => `zero point of block ${i}`,
+          codec,
+          (tensor) => tensor.zero,
+          0,
+          i,
+        );
     }
   }
   const [patchRows, patchK] = codecVector(format.element);
   const bits = codecBits(format.element);
   const stride = rowWords(k / patchK, bits);
+  const blockOf = (row: number, column: number): number => {
+    if (first === undefined) return -1;
+    const [height, width] = [extentOf(first.block[0], rows), extentOf(first.block[1], k)];
+    return Math.floor(row / height) * blockGrid(first.block, shape)[1] + Math.floor(column / width);
+  };
   for (let row = 0; row < rows; row += patchRows) {
+    const base = (row / patchRows) * stride;
     for (let column = 0; column < k; column += patchK) {
-      if (first !== undefined) {
-        const columns = blockGrid(first.block, shape)[1];
-        const band = Math.floor(row / extentOf(first.block[0], rows));
-        if (!finite[band * columns + Math.floor(column / extentOf(first.block[1], k))]) continue;
-      }
-      const [a, b] = [got, expected].map((t) =>
-        readCode(t.qdata, (row / patchRows) * stride, column / patchK, bits),
-      ) as [number, number];
-      if (a !== b) note(`code at [${row}, ${column}]: ${a}, expected ${b}`);
+      if (finite[blockOf(row, column)] === false) continue;
+      compare(
+        () => `element [${row}, ${column}]`,
+        format.element,
+        (tensor) => tensor.qdata,
+        base,
+        column / patchK,
+      );
     }
-    for (let bit = k * bits; bit < stride * 32; bit += bits) {
-      const word = Math.ceil(bit / 32);
-      if (word < stride && got.qdata[row * stride + word] !== 0) note(`padding of row ${row} is not zero`);
+    for (let word = Math.ceil(((k / patchK) * bits) / 32); word < stride; word++) {
+      if (got.qdata[base + word] !== 0) found.push(`padding of row ${row} is not zero`);
     }
   }
   return found;

@@ -1,18 +1,20 @@
-import { Scope } from "../../core/dispose.js";
+import type { Scope } from "../../core/dispose.js";
 import { BYTES, viewAs } from "../../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../../core/errors.js";
 import { sizeOf } from "../../core/shape.js";
-import { concatRows, type QuantizedTensor, sliceRows } from "../../formats/tensor.js";
 import type { Symbols } from "../../ir/evaluate.js";
-import { concreteShape, type Graph, type Value, type ValueId } from "../../ir/graph.js";
+import { concreteShape, type Graph, type Value } from "../../ir/graph.js";
 import { shapeRows } from "../../ir/ops.js";
 import { type HostTensor, isDense } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import { BoundStep } from "../../plan/step.js";
-import { type Executable, GUARD_WORD, type LoadOptions, type ShaderText, type WeightSource } from "../backend.js";
+import type { Executable, LoadOptions, ShaderText, WeightSource } from "../backend.js";
+import { ProgramBuffers } from "./buffers.js";
 import type { WebGpuDevice } from "./device.js";
-import { type Binding, BuildContext, type Dispatch, type Source, type WebGpuKernel, weightGroup } from "./kernel.js";
-import { layoutWords, storedLayout, tensorFromWords, USAGE } from "./layout.js";
+import { BuildContext, type Dispatch, type WebGpuKernel } from "./kernel.js";
+import { layoutWords, type StoredLayout, storedLayout, tensorFromWords, USAGE } from "./layout.js";
+import { pipelineOf } from "./pipeline.js";
+import { uploadWeights, wholeWords } from "./upload.js";
 
 interface Ready {
   readonly step: number;
@@ -22,32 +24,19 @@ interface Ready {
   readonly workgroups: Dispatch["workgroups"];
 }
 
-/** Bytes of guard words after a buffer. */
-const GUARD_BYTES = 256;
-
-/** A guarded buffer: its own bytes end at `end`. */
-interface Guarded {
-  readonly label: string;
-  readonly buffer: GPUBuffer;
-  readonly end: number;
-  readonly activation: boolean;
-}
-
-const STORAGE = USAGE.storage | USAGE.copyDst | USAGE.copySrc;
-
 /** A plan on a WebGPU device: prebuilt pipelines and bind groups, replayed in one compute pass a run. */
 export class WebGpuExecutable implements Executable {
   readonly graph: Graph;
   readonly #device: WebGpuDevice;
   readonly #scope: Scope;
   readonly #plan: Plan;
-  readonly #buffers = new Map<string, GPUBuffer>();
+  readonly #buffers: ProgramBuffers;
   readonly #params: GPUBuffer;
   readonly #words = new Uint32Array(16);
   readonly #buckets: Ready[][] = [];
-  readonly #staging = new Map<number, GPUBuffer[]>();
   readonly #options: LoadOptions;
-  readonly #guarded: Guarded[] = [];
+  #scratchBytes = 0;
+  #last: Symbols | null = null;
   #submits = 0;
   #dispatches = 0;
   #seconds = 0;
@@ -65,6 +54,7 @@ export class WebGpuExecutable implements Executable {
       });
     }
     this.#params = device.buffer(scope, "params", 64, USAGE.uniform | USAGE.copyDst);
+    this.#buffers = new ProgramBuffers(device, scope, plan, options.guard ?? false);
   }
 
   static async load(
@@ -77,10 +67,10 @@ export class WebGpuExecutable implements Executable {
     try {
       const executable = new WebGpuExecutable(device, scope, plan, options);
       device.gpu.pushErrorScope("out-of-memory");
-      executable.#allocate();
       const dispatches = plan.buckets.map((bucket) => executable.#build(bucket.symbols, bucket.choices));
-      const all = dispatches.flat(2);
-      await executable.#upload(all, weights, options);
+      if (executable.#scratchBytes > 0)
+        executable.#buffers.add({ kind: "scratch" }, "scratch", executable.#scratchBytes);
+      await uploadWeights(executable.#buffers, plan, dispatches.flat(2), weights, options);
       for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps));
       const error = await device.gpu.popErrorScope();
       if (error !== null) {
@@ -125,8 +115,10 @@ export class WebGpuExecutable implements Executable {
         expected: `at most ${capacity} elements`,
       });
     }
-    const bytes = isDense(tensor) ? padded(tensor.data) : layoutWords(tensor).words;
-    this.#device.gpu.queue.writeBuffer(this.#buffer({ kind: "value", id: value.id }), 0, bytes);
+    const bytes = isDense(tensor)
+      ? wholeWords(tensor.data)
+      : layoutWords(tensor, this.#layout(value, this.graph.symbols)).words;
+    this.#device.gpu.queue.writeBuffer(this.#buffers.get({ kind: "value", id: value.id }), 0, bytes);
   }
 
   submit(symbols: Symbols): void {
@@ -147,6 +139,7 @@ export class WebGpuExecutable implements Executable {
     }
     pass.end();
     gpu.queue.submit([encoder.finish()]);
+    this.#last = symbols;
     this.#submits++;
     this.#seconds += (performance.now() - start) / 1000;
   }
@@ -177,7 +170,7 @@ export class WebGpuExecutable implements Executable {
     }
     encoder.resolveQuerySet(querySet, 0, 2 * bucket.length, resolved, 0);
     gpu.queue.submit([encoder.finish()]);
-    const times = new BigUint64Array((await this.#readBuffer(resolved, bytes)).buffer);
+    const times = new BigUint64Array((await this.#buffers.read(resolved, bytes)).buffer);
     querySet.destroy();
     resolved.destroy();
     const seconds = this.#plan.steps.map(() => 0);
@@ -195,21 +188,26 @@ export class WebGpuExecutable implements Executable {
     if (id === undefined)
       throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an output nor a state" });
     const place = this.#plan.memory.placement.get(id);
-    const { type } = this.graph.values[id] as Value;
-    const shape = concreteShape(type.shape, this.graph.symbols);
-    const buffer = this.#buffer({ kind: "value", id });
+    const value = this.graph.values[id] as Value;
+    const { type } = value;
+    // States are whole; what a run made has the shape of that run.
+    const shape = concreteShape(
+      type.shape,
+      value.role === "value" ? (this.#last ?? this.graph.symbols) : this.graph.symbols,
+    );
+    const buffer = this.#buffers.get({ kind: "value", id });
     if (type.kind === "format") {
-      const layout = storedLayout(type.format, shapeRows(shape));
-      const words = new Uint32Array((await this.#readBuffer(buffer, layout.bytes)).buffer);
+      const layout = this.#layout(value, this.graph.symbols);
+      const words = new Uint32Array((await this.#buffers.read(buffer, layout.bytes)).buffer);
       this.#device.check();
-      return tensorFromWords(layout, words, layout.shape[0]);
+      return tensorFromWords(layout, words, shapeRows(shape)[0]);
     }
     // A value may be columns of a wider one.
     const { dtype } = type;
     const [rows, width] = shapeRows(shape);
     const stride = place?.stride ?? width;
     const bytes = Math.ceil((rows * stride * BYTES[dtype]) / 4) * 4;
-    const data = await this.#readBuffer(buffer, bytes);
+    const data = await this.#buffers.read(buffer, bytes);
     this.#device.check();
     if (stride === width) return { dtype, shape, data: viewAs(dtype, data.subarray(0, rows * width * BYTES[dtype])) };
     const part = new Uint8Array(rows * width * BYTES[dtype]);
@@ -232,42 +230,16 @@ export class WebGpuExecutable implements Executable {
 
   async damage(): Promise<string[]> {
     this.#check();
-    const { gpu } = this.#device;
-    const words = GUARD_BYTES / 4;
-    using scope = new Scope("guards", this.#scope);
-    const all = this.#device.buffer(scope, "guards", this.#guarded.length * GUARD_BYTES, STORAGE);
-    const encoder = gpu.createCommandEncoder();
-    for (const [i, { buffer, end }] of this.#guarded.entries())
-      encoder.copyBufferToBuffer(buffer, end, all, i * GUARD_BYTES, GUARD_BYTES);
-    gpu.queue.submit([encoder.finish()]);
-    const found = new Uint32Array((await this.#readBuffer(all, this.#guarded.length * GUARD_BYTES)).buffer);
-    const changed = this.#guarded.filter((_, i) =>
-      found.subarray(i * words, (i + 1) * words).some((word) => word !== GUARD_WORD),
-    );
-    for (const guarded of this.#guarded) if (guarded.activation || changed.includes(guarded)) this.#arm(guarded);
-    this.#device.check();
-    return changed.map(({ label }) => label);
+    return this.#buffers.damage();
   }
 
   [Symbol.dispose](): void {
     this.#scope.dispose();
   }
 
-  /** A storage buffer of this program, guarded where asked. */
-  #storage(label: string, bytes: number, activation = false): GPUBuffer {
-    if (!this.#options.guard) return this.#device.buffer(this.#scope, label, bytes, STORAGE);
-    const end = Math.max(16, Math.ceil(bytes / 16) * 16);
-    const buffer = this.#device.buffer(this.#scope, label, end + GUARD_BYTES, STORAGE);
-    const guarded = { label, buffer, end, activation };
-    this.#guarded.push(guarded);
-    this.#arm(guarded);
-    return buffer;
-  }
-
-  #arm({ buffer, end, activation }: Guarded): void {
-    const begin = activation ? 0 : end;
-    const words = new Uint32Array((end + GUARD_BYTES - begin) / 4).fill(GUARD_WORD);
-    this.#device.gpu.queue.writeBuffer(buffer, begin, words);
+  #layout({ type, name }: Value, symbols: Symbols): StoredLayout {
+    if (type.kind !== "format") throw new FewbitError("graph/invalid", { where: name, reason: "it is dense" });
+    return storedLayout(type.format, shapeRows(concreteShape(type.shape, symbols)));
   }
 
   #writeSymbols(symbols: Symbols): void {
@@ -289,42 +261,6 @@ export class WebGpuExecutable implements Executable {
     return value;
   }
 
-  /** Staging buffers are kept by size, so that reading the same output again makes none. */
-  async #readBuffer(source: GPUBuffer, bytes: number): Promise<Uint8Array<ArrayBuffer>> {
-    const pool = this.#staging.get(bytes) ?? [];
-    this.#staging.set(bytes, pool);
-    const staging = pool.pop() ?? this.#device.buffer(this.#scope, "staging", bytes, USAGE.mapRead | USAGE.copyDst);
-    const { gpu } = this.#device;
-    const encoder = gpu.createCommandEncoder();
-    encoder.copyBufferToBuffer(source, 0, staging, 0, bytes);
-    gpu.queue.submit([encoder.finish()]);
-    try {
-      await staging.mapAsync(1, 0, bytes);
-    } catch (cause) {
-      this.#check();
-      throw new FewbitError("device/error", { operation: "reading a buffer", reason: String(cause) }, { cause });
-    }
-    const data = new Uint8Array(staging.getMappedRange(0, bytes).slice(0));
-    staging.unmap();
-    pool.push(staging);
-    return data;
-  }
-
-  #allocate(): void {
-    const { slots, slotOf } = this.#plan.memory;
-    const made = slots.map((bytes, i) => this.#storage(`slot ${i}`, bytes, true));
-    for (const [id, slot] of slotOf) this.#buffers.set(`value ${id}`, made[slot] as GPUBuffer);
-    for (const value of this.graph.values) {
-      if (value.role !== "input" && value.role !== "state") continue;
-      const shape = concreteShape(value.type.shape, this.graph.symbols);
-      const bytes =
-        value.type.kind === "format"
-          ? storedLayout(value.type.format, shapeRows(shape)).bytes
-          : sizeOf(shape) * BYTES[value.type.dtype];
-      this.#buffers.set(`value ${value.id}`, this.#storage(value.name, bytes));
-    }
-  }
-
   #build(symbols: Symbols, choices: Plan["buckets"][number]["choices"]): Dispatch[][] {
     return choices.map((choice, i) => {
       const step = this.#plan.steps[i] as Plan["steps"][number];
@@ -332,7 +268,8 @@ export class WebGpuExecutable implements Executable {
       const kernel = choice.kernel as WebGpuKernel;
       const context = new BuildContext(bound, this.#plan.memory, this.#device.capabilities, this.graph.symbols);
       const scratch = kernel.scratch?.(bound, this.#device.capabilities) ?? 0;
-      if (scratch > 0) this.#scratch(scratch);
+      // Steps run one after another, so one scratch buffer of the largest size serves them all.
+      this.#scratchBytes = Math.max(this.#scratchBytes, scratch);
       const { rewrite } = this.#options;
       const dispatches = kernel.build(context);
       return rewrite === undefined
@@ -341,75 +278,14 @@ export class WebGpuExecutable implements Executable {
     });
   }
 
-  /** Steps run one after another, so one scratch buffer of the largest size serves them all. */
-  #scratchBytes = 0;
-  #scratch(bytes: number): void {
-    this.#scratchBytes = Math.max(this.#scratchBytes, bytes);
-  }
-
-  /** Uploads every weight that a dispatch binds, one at a time, so that the host holds one group at most. */
-  async #upload(dispatches: readonly Dispatch[], weights: WeightSource, options: LoadOptions): Promise<void> {
-    if (this.#scratchBytes > 0) this.#buffers.set("scratch", this.#storage("scratch", this.#scratchBytes));
-    const sources = new Map<string, Extract<Source, { kind: "weights" | "dense" }>>();
-    for (const { source } of dispatches.flatMap((dispatch) => dispatch.bindings)) {
-      if (source.kind === "weights" || source.kind === "dense")
-        sources.set(`${source.kind} ${source.ids.join(",")}`, source);
-    }
-    let done = 0;
-    const total = this.#plan.bytes.weights;
-    for (const source of sources.values()) {
-      throwIfAborted(options.signal, "uploading weights");
-      const tensors: HostTensor[] = [];
-      for (const id of source.ids) {
-        const value = this.graph.values[id] as Value;
-        const tensor = await weights(value.name);
-        checkWeight(tensor, value);
-        tensors.push(tensor);
-      }
-      done +=
-        source.kind === "weights" ? this.#uploadStored(source.ids, tensors) : this.#uploadDense(source.ids, tensors);
-      options.onProgress?.(Math.min(done, total), total);
-    }
-  }
-
-  #uploadStored(ids: readonly ValueId[], tensors: readonly HostTensor[]): number {
-    const group = weightGroup(
-      ids.map((id) => [id, (this.graph.values[id] as Value).type]),
-      this.#device.capabilities.maxBinding,
-    );
-    const whole = concatRows(tensors as QuantizedTensor[]);
-    let bytes = 0;
-    for (const [slice, { begin, end }] of group.slices.entries()) {
-      const { words } = layoutWords(sliceRows(whole, begin, end));
-      const buffer = this.#storage(ids.map((id) => this.graph.values[id]?.name).join("+"), words.byteLength);
-      this.#device.gpu.queue.writeBuffer(buffer, 0, words);
-      this.#buffers.set(bufferKey({ kind: "weights", ids, slice }), buffer);
-      bytes += words.byteLength;
-    }
-    return bytes;
-  }
-
-  #uploadDense(ids: readonly ValueId[], tensors: readonly HostTensor[]): number {
-    const parts = tensors.filter(isDense).map((tensor) => padded(tensor.data));
-    const bytes = parts.reduce((sum, part) => sum + part.byteLength, 0);
-    const buffer = this.#storage(ids.map((id) => this.graph.values[id]?.name).join("+"), bytes);
-    let at = 0;
-    for (const part of parts) {
-      this.#device.gpu.queue.writeBuffer(buffer, at, part);
-      at += part.byteLength;
-    }
-    this.#buffers.set(bufferKey({ kind: "dense", ids }), buffer);
-    return bytes;
-  }
-
   async #prepare(steps: readonly (readonly Dispatch[])[]): Promise<Ready[]> {
     const { gpu } = this.#device;
     const dispatches = steps.flat();
     const stepOf = steps.flatMap((list, step) => list.map(() => step));
-    const pipelines = await Promise.all(dispatches.map((dispatch) => this.#pipeline(dispatch)));
+    const pipelines = await Promise.all(dispatches.map((dispatch) => pipelineOf(this.#device, dispatch)));
     return dispatches.map((dispatch, i) => {
       const pipeline = pipelines[i] as GPUComputePipeline;
-      const entries = [this.#params, ...dispatch.bindings.map(({ source }) => this.#buffer(source))].map(
+      const entries = [this.#params, ...dispatch.bindings.map(({ source }) => this.#buffers.get(source))].map(
         (buffer, binding) => ({
           binding,
           resource: { buffer, size: Math.min(buffer.size, this.#device.capabilities.maxBinding) },
@@ -419,76 +295,4 @@ export class WebGpuExecutable implements Executable {
       return { step: stepOf[i] as number, dispatch, pipeline, group, workgroups: dispatch.workgroups };
     });
   }
-
-  #pipeline(dispatch: Dispatch): Promise<GPUComputePipeline> {
-    const key = `${dispatch.bindings.map((binding) => binding.access).join()}\n${dispatch.wgsl}`;
-    const { pipelines } = this.#device;
-    let pipeline = pipelines.get(key);
-    if (pipeline === undefined) {
-      pipeline = compile(this.#device.gpu, dispatch);
-      pipelines.set(key, pipeline);
-      pipeline.catch(() => pipelines.delete(key));
-    }
-    return pipeline;
-  }
-
-  #buffer(source: Source): GPUBuffer {
-    const root = source.kind === "value" ? (this.#plan.memory.placement.get(source.id)?.root ?? source.id) : 0;
-    const buffer = this.#buffers.get(source.kind === "value" ? `value ${root}` : bufferKey(source));
-    if (buffer === undefined)
-      throw new FewbitError("graph/invalid", { where: bufferKey(source), reason: "it has no buffer" });
-    return buffer;
-  }
-}
-
-function bufferKey(source: Source): string {
-  if (source.kind === "value") return `value ${source.id}`;
-  if (source.kind === "weights") return `weights ${source.ids.join(",")} ${source.slice}`;
-  return source.kind === "dense" ? `dense ${source.ids.join(",")}` : "scratch";
-}
-
-/** Bytes in whole words, as buffer writes need them. */
-function padded(data: ArrayBufferView): Uint8Array<ArrayBuffer> {
-  const bytes = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
-  if (bytes.byteLength % 4 === 0) return bytes;
-  const out = new Uint8Array(Math.ceil(bytes.byteLength / 4) * 4);
-  out.set(bytes);
-  return out;
-}
-
-function checkWeight(tensor: HostTensor, value: Value): void {
-  const { type, name } = value;
-  const got = isDense(tensor) ? tensor.dtype : tensor.format.name;
-  const expected = type.kind === "dense" ? type.dtype : type.format.name;
-  if (isDense(tensor) !== (type.kind === "dense") || got !== expected)
-    throw new FewbitError("dtype/mismatch", { what: name, got, expected });
-  if (tensor.shape.length !== type.shape.length || tensor.shape.some((extent, i) => extent !== type.shape[i])) {
-    throw new FewbitError("shape/mismatch", { what: name, got: tensor.shape, expected: `[${type.shape.join(", ")}]` });
-  }
-}
-
-async function compile(gpu: GPUDevice, { wgsl, bindings, label }: Dispatch): Promise<GPUComputePipeline> {
-  const entry = (binding: number, type: GPUBufferBindingType) => ({ binding, visibility: 4, buffer: { type } });
-  const storage = ({ access }: Binding): GPUBufferBindingType => (access === "read" ? "read-only-storage" : "storage");
-  const layout = gpu.createBindGroupLayout({
-    entries: [entry(0, "uniform"), ...bindings.map((binding, i) => entry(i + 1, storage(binding)))],
-  });
-  gpu.pushErrorScope("validation");
-  const module = gpu.createShaderModule({ code: wgsl });
-  const pipeline = gpu
-    .createComputePipelineAsync({
-      layout: gpu.createPipelineLayout({ bindGroupLayouts: [layout] }),
-      label,
-      compute: { module, entryPoint: "main" },
-    })
-    .catch((cause: unknown) => cause as Error);
-  const error = await gpu.popErrorScope();
-  const made = await pipeline;
-  if (made instanceof Error || error !== null) {
-    const { messages } = await module.getCompilationInfo();
-    const text = messages.map((message) => `${message.lineNum}:${message.linePos} ${message.message}`).join("\n");
-    const reason = text || error?.message || String(made);
-    throw new FewbitError("shader/compile", { kernel: label, messages: `${reason}\n${wgsl}` }, { cause: made });
-  }
-  return made;
 }

@@ -39,9 +39,11 @@ export function storedLayout(format: Format, shape: readonly [rows: number, k: n
   return { format, shape, rowStride, scales, zero, table, words, bytes: words * 4 };
 }
 
-/** The words of a host tensor in device layout. */
-export function layoutWords(tensor: QuantizedTensor): { layout: StoredLayout; words: Uint32Array<ArrayBuffer> } {
-  const layout = storedLayout(tensor.format, tensor.shape);
+/** The words of a host tensor in device layout; `layout` may have room for more rows than the tensor. */
+export function layoutWords(
+  tensor: QuantizedTensor,
+  layout: StoredLayout = storedLayout(tensor.format, tensor.shape),
+): { layout: StoredLayout; words: Uint32Array<ArrayBuffer> } {
   const words = new Uint32Array(layout.words);
   words.set(tensor.qdata, 0);
   for (const [i, offset] of layout.scales.entries()) words.set(tensor.scales[i] as Uint32Array, offset);

@@ -29,7 +29,13 @@ export const CONVERT_KERNELS: readonly WebGpuKernel[] = [
     build: (context) => {
       const [x] = nodeOf<"dequantize">(context.bound).inputs as [ValueId];
       const { format, shape } = context.layout(x);
-      return passes(context, dequantizeKernel(format, shape[1], shape[0], { ...nodeOf<"dequantize">(context.bound).attrs, rowsExpression: context.rowsWgsl(x) }));
+      return passes(
+        context,
+        dequantizeKernel(format, shape[1], shape[0], {
+          ...nodeOf<"dequantize">(context.bound).attrs,
+          rowsExpression: context.rowsWgsl(x),
+        }),
+      );
     },
   },
 ];

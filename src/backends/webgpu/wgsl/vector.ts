@@ -5,7 +5,8 @@ import type { StoredReader } from "./stored.js";
 
 /**
  * WGSL `fn PREFIX_vec(row: u32, k: u32) -> vec4<f32>`: the real values of elements k .. k + 3, k a multiple of 4, of a stored
- * tensor of any format. It calls the functions of `storedReader(prefix, ...)`.
+ * tensor of any format; and `fn PREFIX_raw(row, k)` and `fn PREFIX_gain(row: u32) -> f32`, whose product they are: a scale
+ * that does not change along k can wait until a sum is done. It calls the functions of `storedReader(prefix, ...)`.
  */
 export function vectorFunction(
   prefix: string,
@@ -14,21 +15,32 @@ export function vectorFunction(
   names: { readonly buffer: string; readonly buffer4?: string },
 ): string {
   const { format } = layout;
-  const signature = `fn ${prefix}_vec(row: u32, k: u32) -> vec4<f32>`;
+  const signature = (name: string) => `fn ${prefix}_${name}(row: u32, k: u32) -> vec4<f32>`;
+  const gain = (text: string) => `fn ${prefix}_gain(row: u32) -> f32 { return ${text}; }`;
+  const same = `${signature("raw")} { return ${prefix}_vec(row, k); }\n${gain("1.0")}`;
   const four = (text: (lane: number) => string) => `vec4<f32>(${[0, 1, 2, 3].map(text).join(", ")})`;
   const granularity = scaleGranularity(format, layout.shape[1]);
   const codes = fourCodes(prefix, layout, names);
   if (codes === null || (granularity < layout.shape[1] && granularity % 4 !== 0)) {
-    return `${signature} { return ${four((lane) => reader.element("row", `(k + ${lane}u)`))}; }`;
+    return `${signature("vec")} { return ${four((lane) => reader.element("row", `(k + ${lane}u)`))}; }\n${same}`;
+  }
+  const scale = format.scales.length === 0 ? "" : ` * (${reader.scale("row", "k")})`;
+  if (reader.constantAlongK && format.zero.domain === "none") {
+    return `${signature("raw")} {
+  ${codes.load}
+  return ${codes.value};
+}
+${gain(format.scales.length === 0 ? "1.0" : reader.scale("row", "0u"))}
+${signature("vec")} { return ${prefix}_raw(row, k)${scale}; }`;
   }
   const zero = reader.zero("row", "k");
   const less =
     format.zero.domain === "int" ? ` - ${prefix}_z(row, k)` : zero === null ? "" : ` - ${midCode(format.element)}.0`;
-  const scale = format.scales.length === 0 ? "" : ` * (${reader.scale("row", "k")})`;
-  return `${signature} {
+  return `${signature("vec")} {
   ${codes.load}
   return (${codes.value}${less})${scale}${zero === null ? "" : ` + ${zero}`};
-}`;
+}
+${same}`;
 }
 
 /** Statements that load four neighbouring codes and their values, where they fill whole words or lie in one; else null. */
