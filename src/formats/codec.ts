@@ -79,7 +79,10 @@ function makeEncoder(codec: Codec): (value: number) => number {
     case "lut": {
       const entries = codec.entries;
       if (entries === "learned") throw learnedTable();
-      return (value) => {
+      const [low, high] = [Math.min(...entries), Math.max(...entries)];
+      return (given) => {
+        // Far outside the table float64 cannot tell the distances apart, and infinities have none.
+        const value = Math.min(Math.max(given, low), high);
         let best = 0;
         for (let i = 1; i < entries.length; i++) {
           if (Math.abs(value - (entries[i] as number)) < Math.abs(value - (entries[best] as number))) best = i;

@@ -79,6 +79,16 @@ const floats = (shape: readonly number[], seed: number, spread = 1): HostTensor 
   data: normals(random(seed), sizeOf(shape), spread),
 });
 
+/** Logits without outliers, so that many tokens have a share worth drawing. */
+function logits(vocabulary: number, seed: number): HostTensor {
+  const source = random(seed);
+  return {
+    dtype: "f32",
+    shape: [1, vocabulary],
+    data: Float32Array.from({ length: vocabulary }, () => 2 * source.normal()),
+  };
+}
+
 const tokens = ({ T }: Symbols): Symbols => ({ T: T as number });
 const positions = ({ T, P }: Symbols): Symbols => ({ T: T as number, P: P as number });
 
@@ -370,7 +380,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       const { temperature, topK, topP } = options?.settings ?? { temperature: 0, topK: 0, topP: 1 };
       const settings = packSettings({ temperature, topK, topP, seed: seedOf(seed, "draw"), step: run.seed as number });
       return {
-        logits: floats([1, at(shape, "vocabulary")], seed, 1.5),
+        logits: logits(at(shape, "vocabulary"), seed),
         settings: { dtype: "u32", shape: [5], data: settings },
         ids: { dtype: "i32", shape: [4], data: Int32Array.of(9, 8, 7, 6) },
       };

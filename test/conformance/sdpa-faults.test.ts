@@ -135,7 +135,7 @@ const FAULTS: readonly (readonly [what: string, id: string, named: AttentionCase
       swap(/if \(added >= 0xf1800000u\) \{ return .*?; \}/, "if (added >= 0xf1800000u) { return s; }"),
     ],
     ["the soft-cap forgotten", PREFILL, at(full, 9, 90, "large"), swap(/s = 20\.0 \* sign.*?;/, "")],
-    ["scales of keys forgotten", DECODE, at(plain, 1, 90), swap(/(fn kr_vec[^}]*?\)\)) \* \([^;]*;/, "$1;")],
+    ["scales of keys forgotten", DECODE, at(plain, 1, 90), swap(/score(\d) \*= gain;/, "")],
     [
       "a tail of the head left out",
       PREFILL,

@@ -37,7 +37,7 @@ describe("generated files", () => {
     const page = await readFile(join(folder, "README.md"), "utf8");
     expect(page).toMatch(/^# x\n/);
     expect(page).toMatch(/\n\ntail\n$/);
-    expect(page).toContain("| `nvfp4` | e2m1 | 1x16, then tensor | e4m3, then f32 | none | 4.5 | ±6 |");
+    expect(page).toMatch(/\n\n\| format \|.*\n\| `nvfp4` \| 4\.5 \|/s);
   });
 
   test("a README without markers is an error", async () => {

@@ -96,6 +96,10 @@ function decodeSource(text: SdpaText, { count, blocks }: Rows, split: boolean): 
   /** Threads that share a query row's maximum and sum, and parts of a block's keys that are summed side by side. */
   const lanes = BLOCK / 2 ** Math.ceil(Math.log2(count));
   const parts = Math.floor(BLOCK / vectors);
+  // Loads in flight at once, of a key and of a column of values; weights past the last key are zero.
+  const ahead = [8, 4, 2, 1].find((n) => vectors % n === 0) as number;
+  const among = [4, 2, 1].find((n) => BLOCK % (n * parts) === 0) ?? 1;
+  const steps = (n: number, f: (i: number) => string) => Array.from({ length: n }, (_, i) => f(i)).join(" ");
   const sink = text.sink("head_of(r0 + mine, h)");
   const base = `((wid.y * ${blocks}u + wid.z) * groups.x + wid.x) * ${count}u`;
   const store = (r: number) =>
@@ -151,10 +155,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     ${each((r) => `var score${r} = 0.0;`, " ")}
     if (j < last) {
       let row = key_row(b, h, j);
-      for (var i = 0u; i < ${vectors}u; i++) {
-        let k = kr_vec(row, i * 4u);
-        ${each((r) => `score${r} += dot(query[${r * vectors}u + i], k);`, " ")}
+      for (var i = 0u; i < ${vectors}u; i += ${ahead}u) {
+        ${steps(ahead, (n) => `let k${n} = kr_raw(row, (i + ${n}u) * 4u);`)}
+        ${each((r) => steps(ahead, (n) => `score${r} += dot(query[${r * vectors}u + i + ${n}u], k${n});`), " ")}
       }
+      let gain = kr_gain(row);
+      ${each((r) => `score${r} *= gain;`, " ")}
     }
     ${each((r) => `{ let r = r0 + ${r}u; var score = ${NONE}; if (j < last && r < rows) { score = score_of(score${r}, b, head_of(r, h), r / ${group}u, j); } weight[${r * BLOCK}u + lid] = score; }`)}
     workgroupBarrier();
@@ -163,12 +169,14 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     side[lid] = most;
     ${tree((a, c) => `max(${a}, ${c})`)}
     ${each((r) => `let top${r} = tops[${r}]; let next${r} = max(top${r}, side[${r * lanes}u]);`)}
+    // The scale of a value's row goes into its weight, once a key.
+    let gain = vr_gain(key_row(b, h, min(j, last - 1u)));
     ${each(
       (r) => `{
       let score = weight[${r * BLOCK}u + lid];
       let p = select(0.0, exp(score - next${r}), score > ${REAL});
       let factor = select(exp(top${r} - next${r}), 1.0, top${r} == next${r});
-      weight[${r * BLOCK}u + lid] = rounded(p);
+      weight[${r * BLOCK}u + lid] = rounded(p) * gain;
       total${r} = total${r} * factor + p;
       acc${r} *= factor;
     }`,
@@ -176,9 +184,9 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     workgroupBarrier();
     if (lane == 0u && mine < ${count}u) { tops[mine] = max(tops[mine], side[lid]); }
     if (part < ${parts}u) {
-      for (var x = part; x < min(${BLOCK}u, last - begin); x += ${parts}u) {
-        let v = vr_vec(key_row(b, h, begin + x), column * 4u);
-        ${each((r) => `acc${r} += weight[${r * BLOCK}u + x] * v;`, " ")}
+      for (var x = part; x < min(${BLOCK}u, last - begin); x += ${parts * among}u) {
+        ${steps(among, (n) => `let v${n} = vr_raw(key_row(b, h, min(begin + x + ${n * parts}u, last - 1u)), column * 4u);`)}
+        ${each((r) => steps(among, (n) => `acc${r} += weight[${r * BLOCK}u + x + ${n * parts}u] * v${n};`), " ")}
       }
     }
     workgroupBarrier();
