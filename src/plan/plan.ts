@@ -76,8 +76,8 @@ export function makePlan(
   };
   const sum = (role: string) =>
     graph.values.reduce((all, value) => all + (value.role === role ? typeBytes(value.type, graph.symbols) : 0), 0);
-  for (const bytes of memory.slots) limit("one activation", bytes, maxBuffer);
-  // Weights are cut into slices that fit a binding; a state is one buffer, bound whole.
+  // Weights are cut into slices that fit a binding; activations and states are buffers that are bound whole.
+  for (const bytes of memory.slots) limit("one activation", bytes, Math.min(maxBuffer, maxBinding));
   for (const { role, name, type } of graph.values) {
     if (role === "state" || role === "input")
       limit(name, typeBytes(type, graph.symbols), Math.min(maxBuffer, maxBinding));

@@ -152,6 +152,14 @@ function linearRows(formats: readonly Format[]): Row[] {
     add("qkv", base, { n: 32, k: 96 }, { options: { qkv: true }, runs: AT_3, quick: i === 0 || i === 3 });
     add("qkv_bias", base, { n: 32, k: 96 }, { options: { qkv: true, bias: true }, runs: AT_3 });
   }
+  // Tall weights with little else: devices with small bindings split them.
+  const tall = { n: 600, k: 128 };
+  const short = [{ T: 1 }, { T: 9 }];
+  for (const format of [f32, byRow(int8), int4_tinygemm, mxfp4, FORMATS.codebook8])
+    add("tall", format, tall, { runs: short });
+  add("tall", int8, tall, { activation: int8, runs: short });
+  add("tall_gated", int8, tall, { options: { gated: "silu", bias: true }, runs: short });
+  add("tall_residual", bf16, tall, { options: { residual: true, bias: true }, runs: short });
   add("gated", int8, shape, { activation: int8, options: { gated: "silu" }, quick: true });
   add("residual", int8, shape, { activation: int8_asymmetric, options: { residual: true } });
   add(

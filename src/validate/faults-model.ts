@@ -148,7 +148,7 @@ export const MODEL_FAULTS: readonly ModelFault[] = [
     id: "layer 1: the mean of the norm",
     kind: "rmsnorm",
     of: "layers.1.input_layernorm",
-    rewrite: [/ \+ 0\.00001\)/g, " + 0.01)"],
+    rewrite: [/ \/ (\d+)\.0 \+ /g, " / ($1.0 - 1.0) + "],
   },
   {
     id: "the embedding of the token before",

@@ -130,11 +130,13 @@ export async function* traceSteps(
     for (const executable of [plain, tapped]) executable.submit(symbols);
     const found = new Map<ValueId, HostTensor>();
     for (const [id, name] of names) found.set(id, firstRows(await tapped.read(name), shapeOf(graph, id, symbols)));
+    // A state is what it was before the run to the step that reads it: one that changed it has an output of its own.
     const of = (id: ValueId): HostTensor => {
-      const tensor = found.get(id) ?? (before.get(id) as HostTensor);
-      return isDense(tensor) && graph.values[id]?.role !== "weight"
-        ? firstRows(tensor, shapeOf(graph, id, symbols))
-        : tensor;
+      const tensor = (
+        graph.values[id]?.role === "state" ? before.get(id) : (found.get(id) ?? before.get(id))
+      ) as HostTensor;
+      const whole = !isDense(tensor) || graph.values[id]?.role === "weight";
+      return whole ? tensor : firstRows(tensor, shapeOf(graph, id, symbols));
     };
     const bucket = plan.buckets[bucketFor(plan, symbols)];
     for (const [index, step] of plan.steps.entries()) {
@@ -142,7 +144,7 @@ export async function* traceSteps(
       yield {
         backend,
         run,
-        ...judgeStep(graph, step, index, symbols, of, before),
+        ...judgeStep(graph, step, index, symbols, of),
         kernel: bucket?.choices[index]?.kernel.id ?? "",
       };
     }
@@ -162,15 +164,9 @@ function judgeStep(
   index: number,
   symbols: Symbols,
   of: (id: ValueId) => HostTensor,
-  before: ReadonlyMap<ValueId, HostTensor>,
 ): Omit<TracedStep, "backend" | "run" | "kernel"> {
   const values = new Map<ValueId, Allowed>();
-  for (const id of step.inputs)
-    values.set(
-      id,
-      exactly(before.has(id) && graph.values[id]?.role === "state" ? (before.get(id) as HostTensor) : of(id)),
-    );
-  // A step that reads a state finds what an earlier step of this run has left there.
+  for (const id of step.inputs) values.set(id, exactly(of(id)));
   allowNodes(graph, step.nodes, values, symbols);
   let worst = 0;
   let element: TracedStep["element"] = null;

@@ -23,6 +23,7 @@ const config = parseConfig({
   num_key_value_heads: 2,
   max_position_embeddings: 32,
   rms_norm_eps: 1e-5,
+  hidden_act: "silu",
   tie_word_embeddings: true,
 });
 const int4 = withScale(FORMATS.int4_tinygemm, { block: [1, 32] });

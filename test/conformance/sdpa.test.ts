@@ -42,7 +42,10 @@ async function runCase(named: NamedCase): Promise<Record<string, number>> {
   for (const id of KERNELS) {
     // A kernel is built for a bucket of lengths: few pipelines, and rows that a run leaves idle.
     const bucket = [1, 4, 8, 32].find((tokens) => named.tokens <= tokens) ?? (graph.symbols.T as number);
-    const tokens = Math.min(id === "webgpu/sdpa/prefill" ? Number.POSITIVE_INFINITY : bucket, graph.symbols.T as number);
+    const tokens = Math.min(
+      id === "webgpu/sdpa/prefill" ? Number.POSITIVE_INFINITY : bucket,
+      graph.symbols.T as number,
+    );
     const largest = { ...graph.symbols, T: tokens };
     if (runner.unmet(id, graph, largest) !== null) continue;
     const { out, damaged } = await runner.run(id, graph, operands, symbols, largest);

@@ -8,7 +8,7 @@ import { shapeRows } from "../../ir/ops.js";
 import { type HostTensor, isDense } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import { BoundStep } from "../../plan/step.js";
-import type { Executable, LoadOptions, ShaderText, WeightSource } from "../backend.js";
+import { type Executable, GUARD_WORD, type LoadOptions, type ShaderText, type WeightSource } from "../backend.js";
 import { ProgramBuffers } from "./buffers.js";
 import type { WebGpuDevice } from "./device.js";
 import { BuildContext, type Dispatch, type WebGpuKernel } from "./kernel.js";
@@ -205,7 +205,8 @@ export class WebGpuExecutable implements Executable {
     // A value may be columns of a wider one.
     const { dtype } = type;
     const [rows, width] = shapeRows(shape);
-    const stride = place?.stride ?? width;
+    // The stride of a one-dimensional value updated in place is a symbol's name.
+    const stride = Number.isInteger(place?.stride) ? (place?.stride as number) : width;
     const bytes = Math.ceil((rows * stride * BYTES[dtype]) / 4) * 4;
     const data = await this.#buffers.read(buffer, bytes);
     this.#device.check();
@@ -230,7 +231,27 @@ export class WebGpuExecutable implements Executable {
 
   async damage(): Promise<string[]> {
     this.#check();
-    return this.#buffers.damage();
+    const beyond = await this.#writtenBeyond();
+    return [...beyond, ...(await this.#buffers.damage())];
+  }
+
+  /** Outputs whose memory is their own and in which the last run wrote to rows that it does not have. */
+  async #writtenBeyond(): Promise<string[]> {
+    const { slotOf, placement } = this.#plan.memory;
+    const found: string[] = [];
+    for (const [name, id] of Object.entries(this.graph.outputs)) {
+      const { type, role } = this.graph.values[id] as Value;
+      const alone = [...slotOf.values()].filter((slot) => slot === slotOf.get(id)).length === 1;
+      if (type.kind !== "dense" || role !== "value" || !alone || placement.has(id)) continue;
+      const [all, used] = [this.graph.symbols, this.#last ?? this.graph.symbols].map((symbols) =>
+        Math.ceil((sizeOf(concreteShape(type.shape, symbols)) * BYTES[type.dtype]) / 4),
+      ) as [number, number];
+      if (used === all) continue;
+      const bytes = await this.#buffers.read(this.#buffers.get({ kind: "value", id }), all * 4);
+      const rest = new Uint32Array(bytes.buffer, used * 4, all - used);
+      if (rest.some((word) => word !== GUARD_WORD)) found.push(`the rows of ${name} that this run has`);
+    }
+    return found;
   }
 
   [Symbol.dispose](): void {
@@ -288,7 +309,10 @@ export class WebGpuExecutable implements Executable {
       const entries = [this.#params, ...dispatch.bindings.map(({ source }) => this.#buffers.get(source))].map(
         (buffer, binding) => ({
           binding,
-          resource: { buffer, size: Math.min(buffer.size, this.#device.capabilities.maxBinding) },
+          // Guard words may reach over the limit; everything else was planned within it.
+          resource: this.#options.guard
+            ? { buffer, size: Math.min(buffer.size, this.#device.capabilities.maxBinding) }
+            : { buffer },
         }),
       );
       const group = gpu.createBindGroup({ label: dispatch.label, layout: pipeline.getBindGroupLayout(0), entries });
