@@ -81,9 +81,17 @@ function everyBlock(formats: readonly Format[]): { format: Format; own: boolean 
   return [...found.values()];
 }
 
+interface Pair {
+  readonly name: string;
+  readonly weight: Format;
+  readonly activation: Format;
+  /** Whether weights in float32 get it, rather than only those in bfloat16. */
+  readonly single: boolean;
+}
+
 /** Pairs of weight and activation that some config makes, by the config's short name. */
-function dynamicPairs(n: number, k: number): { name: string; weight: Format; activation: Format }[] {
-  const found = new Map<string, { name: string; weight: Format; activation: Format }>();
+function dynamicPairs(n: number, k: number): Pair[] {
+  const found = new Map<string, Pair>();
   for (const name of listQuantizeNames()) {
     const config = parseQuantizeName(name);
     if (config === null || config.activation === null) continue;
@@ -91,7 +99,7 @@ function dynamicPairs(n: number, k: number): { name: string; weight: Format; act
       const weight = config.weight({ shape: [n, k], dtype });
       if ("refused" in weight) continue;
       const key = `${formatKey(weight)} ${formatKey(config.activation)}`;
-      if (!found.has(key)) found.set(key, { name, weight, activation: config.activation });
+      if (!found.has(key)) found.set(key, { name, weight, activation: config.activation, single: dtype === "f32" });
     }
   }
   return [...found.values()];
@@ -113,8 +121,8 @@ function linearRows(formats: readonly Format[]): Row[] {
   };
   // 37 features are no multiple of a tile or a workgroup; 256 is a multiple of every block.
   for (const { format, own } of everyBlock(formats)) add("n37_k256", format, { n: 37, k: 256 }, { quick: own });
-  for (const { name, weight, activation } of dynamicPairs(64, 256)) {
-    const quick = !/^8da[2-7]w|-(32|128|256)$/.test(name);
+  for (const { name, weight, activation, single } of dynamicPairs(64, 256)) {
+    const quick = (single || /^uint/.test(name)) && !/^8da[2-7]w|-(32|128|256)$/.test(name);
     add(`dynamic_${name}`, weight, { n: 64, k: 256 }, { activation, quick });
   }
   for (const format of formats.map(byRow)) {
@@ -177,7 +185,9 @@ function otherRows(formats: readonly Format[]): Row[] {
     void rows.push({ op, variant, format, shape, runs: FEW, quick: true, ...more });
   for (const { format, own } of everyBlock(formats)) {
     if (!fits(format, 256)) continue;
-    add("embedding", "table", format, { rows: 67, k: 256 }, { quick: own, runs: [{ T: 5 }] });
+    // Decoding is that of a linear's weights: the quick table takes one format of each kind.
+    const kind = own && REPRESENTATIVES.includes(format.name);
+    add("embedding", "table", format, { rows: 67, k: 256 }, { quick: kind, runs: [{ T: 5 }] });
     add("quantize", "values", format, { k: 256 }, { quick: own, runs: [{ T: 5 }] });
     add("dequantize", "values", format, { rows: 6, k: 256 }, { quick: own, runs: [{}] });
   }

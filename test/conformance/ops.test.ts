@@ -14,7 +14,6 @@ const ABSENT = [
   "quantize codebook8_1x4",
   "quantize int4_hqq",
   "quantize int4_sinq",
-  "quantize nf4",
 ];
 
 test("the quick table has every op", () => {
