@@ -12,8 +12,8 @@ import * as recipes from "./cases-recipes.js";
 /** The seed that the table's random numbers come from unless a caller gives another. */
 export const DEFAULT_SEED = 20250;
 
-/** Formats that between them use every way of decoding; what a quick run of the higher tiers takes. */
-export const REPRESENTATIVES: readonly string[] = [
+/** Formats that between them use every way of decoding. */
+const REPRESENTATIVES: readonly string[] = [
   "f32",
   "int8",
   "int4_tinygemm",
@@ -40,6 +40,8 @@ export interface CaseProgram {
   /** The format that the program is about, as reports group by it. */
   readonly format: string;
   readonly seed: number;
+  /** Part of what a quick run tries on every tier: its kernels differ between them. */
+  readonly tiered: boolean;
   readonly buckets: readonly Symbols[];
   readonly build: () => { readonly graph: Graph; readonly weights: ReadonlyMap<string, HostTensor> };
   readonly runs: readonly CaseRun[];
@@ -58,6 +60,7 @@ export interface Row {
   /** The symbol values of the runs; those listed in `quick` belong to the quick table. */
   readonly runs: readonly Symbols[];
   readonly quick: boolean;
+  readonly tiered?: boolean;
 }
 
 const f32 = FORMATS.f32;
@@ -120,10 +123,11 @@ function linearRows(formats: readonly Format[]): Row[] {
     if (fits(format, shape.k)) rows.push({ op: "linear", variant, format, shape, runs: ENDS, quick: false, ...more });
   };
   // 37 features are no multiple of a tile or a workgroup; 256 is a multiple of every block.
-  for (const { format, own } of everyBlock(formats)) add("n37_k256", format, { n: 37, k: 256 }, { quick: own });
+  for (const { format, own } of everyBlock(formats))
+    add("n37_k256", format, { n: 37, k: 256 }, { quick: own, tiered: own && REPRESENTATIVES.includes(format.name) });
   for (const { name, weight, activation, single } of dynamicPairs(64, 256)) {
     const quick = (single || /^uint/.test(name)) && !/^8da[2-7]w|-(32|128|256)$/.test(name);
-    add(`dynamic_${name}`, weight, { n: 64, k: 256 }, { activation, quick });
+    add(`dynamic_${name}`, weight, { n: 64, k: 256 }, { activation, quick, tiered: name === "int8dq" });
   }
   for (const format of formats.map(byRow)) {
     if (!fits(format, 37)) continue;
@@ -235,7 +239,7 @@ function otherRows(formats: readonly Format[]): Row[] {
       { T: 5, P: 66 },
       { T: 5, P: 0 },
     ];
-    add("sdpa", "causal", format, { heads: 4, kvHeads: 2, size: 32, capacity: 96 }, { runs });
+    add("sdpa", "causal", format, { heads: 4, kvHeads: 2, size: 32, capacity: 96 }, { runs, tiered: format === f32 });
     add(
       "sdpa",
       "full",
@@ -313,6 +317,7 @@ function programOf(row: Row, base: number): CaseProgram {
     op,
     format: format.name,
     seed,
+    tiered: row.tiered === true,
     buckets: buckets.map((T) => ({ T })),
     build: () => recipe.build(row, recipe.symbols(max), seed),
     runs,

@@ -1,7 +1,7 @@
 import type { Tier } from "../backends/webgpu/device.js";
 import { FewbitError } from "../core/errors.js";
 import { type BackendName, type Device, type OpenOptions, open } from "../runtime/device.js";
-import { type CaseProgram, caseTable, DEFAULT_SEED, REPRESENTATIVES, type Selection, selectCases } from "./cases.js";
+import { type CaseProgram, caseTable, DEFAULT_SEED, type Selection, selectCases } from "./cases.js";
 import { type Culprit, describeDevice, type Report, type ReportedDevice } from "./report.js";
 import { type CaseResult, makeOracle, type Oracle, type RunCasesOptions, runCases } from "./run.js";
 
@@ -10,9 +10,6 @@ export const TIERS: readonly Tier[] = ["default", "portable", "subgroups", "f16"
 /** The feature that makes a tier what it is; a device without it does not offer the tier. */
 const FEATURE_OF: Readonly<Partial<Record<Tier, string>>> = { subgroups: "subgroups", f16: "shader-f16" };
 
-/** Ops with kernels that use more than every adapter has. */
-const TIERED: ReadonlySet<string> = new Set(["linear", "sdpa"]);
-
 /** What can be switched off, most particular first. */
 const FEATURES = ["chromium-experimental-subgroup-matrix", "shader-f16", "timestamp-query", "subgroups"] as const;
 const LIMITS = "limits above WebGPU's defaults";
@@ -20,7 +17,7 @@ const LIMITS = "limits above WebGPU's defaults";
 export interface ValidateOptions {
   /** Default: reference and webgpu. */
   readonly backends?: readonly BackendName[];
-  /** Tiers of WebGPU devices; default: all, on the quick table the higher ones with a few formats of the ops that differ. */
+  /** Tiers of WebGPU devices; default: all, of the quick table the higher ones take the cases whose kernels differ. */
   readonly tiers?: readonly Tier[];
   readonly selection?: Selection;
   readonly seed?: number;
@@ -53,9 +50,7 @@ export async function* validate(options: ValidateOptions = {}): AsyncGenerator<V
     const tiers: readonly (Tier | null)[] = backend === "webgpu" ? (options.tiers ?? TIERS) : [null];
     for (const tier of tiers) {
       const sampled = options.tiers === undefined && selection.quick === true && tier !== null && tier !== "default";
-      const cases = sampled
-        ? programs.filter(({ op, format }) => TIERED.has(op) && REPRESENTATIVES.includes(format))
-        : programs;
+      const cases = sampled ? programs.filter(({ tiered }) => tiered) : programs;
       await using device = await openTier(backend, tier, options);
       const feature = tier === null ? undefined : FEATURE_OF[tier];
       if (tier !== null && feature !== undefined && !device.capabilities.features.has(feature)) {

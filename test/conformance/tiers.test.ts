@@ -1,11 +1,8 @@
 import { expect, test } from "vitest";
-import { REPRESENTATIVES, selectCases } from "../../src/validate/cases.js";
 import { makeReport, type ValidateEvent, validate } from "../../src/validate/run-tiers.js";
 import { failures, missing, QUICK, runOn } from "../support/cases.js";
 
-const cases = selectCases(QUICK, { ops: ["linear", "rmsnorm", "sdpa", "embedding"] }).filter(({ format }) =>
-  REPRESENTATIVES.includes(format),
-);
+const cases = QUICK.filter(({ tiered }) => tiered);
 
 test.each(["portable", "subgroups"] as const)(
   "the %s tier computes what the default tier does",

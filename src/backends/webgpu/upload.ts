@@ -7,7 +7,7 @@ import type { Plan } from "../../plan/plan.js";
 import type { LoadOptions, WeightSource } from "../backend.js";
 import type { ProgramBuffers } from "./buffers.js";
 import { type Dispatch, type Source, weightGroup } from "./kernel.js";
-import { layoutWords } from "./layout.js";
+import { storedLayout } from "./layout.js";
 
 type WeightsSource = Extract<Source, { kind: "weights" | "dense" }>;
 
@@ -54,10 +54,20 @@ function uploadStored(
   const whole = concatRows(tensors as QuantizedTensor[]);
   let bytes = 0;
   for (const [slice, { begin, end }] of group.slices.entries()) {
-    const { words } = layoutWords(sliceRows(whole, begin, end));
-    const buffer = buffers.add({ kind: "weights", ids, slice }, label(graph, ids), words.byteLength);
-    buffers.device.gpu.queue.writeBuffer(buffer, 0, words);
-    bytes += words.byteLength;
+    const part = sliceRows(whole, begin, end);
+    const layout = storedLayout(part.format, part.shape);
+    const buffer = buffers.add({ kind: "weights", ids, slice }, label(graph, ids), layout.bytes);
+    // Part by part, so that the host never holds the device's layout beside the tensor itself.
+    const write = (at: number, words: Uint32Array | Float32Array | undefined) => {
+      if (words !== undefined && words.length > 0) {
+        buffers.device.gpu.queue.writeBuffer(buffer, at * 4, words as Uint32Array<ArrayBuffer>);
+      }
+    };
+    write(0, part.qdata);
+    for (const [i, at] of layout.scales.entries()) write(at, part.scales[i]);
+    write(layout.zero, part.zero);
+    write(layout.table, part.table);
+    bytes += layout.bytes;
   }
   return bytes;
 }
