@@ -1,5 +1,4 @@
 import type { Tier } from "../backends/webgpu/device.js";
-import { FewbitError } from "../core/errors.js";
 import { type BackendName, type Device, type OpenOptions, open } from "../runtime/device.js";
 import { type CaseProgram, caseTable, DEFAULT_SEED, type Selection, selectCases } from "./cases.js";
 import { type Culprit, describeDevice, type Report, type ReportedDevice } from "./report.js";
@@ -156,9 +155,4 @@ async function blame(
   const rest = cases.filter((id) => !culprits.some((culprit) => culprit.cases.includes(id)));
   if (rest.length > 0) culprits.push({ backend, tier, feature: null, cases: rest });
   return culprits;
-}
-
-/** Whether an error says that a backend is not there. */
-export function isAbsent(error: unknown): error is FewbitError<"device/unavailable"> {
-  return error instanceof FewbitError && error.code === "device/unavailable";
 }

@@ -3,7 +3,7 @@ import { openReference } from "../backends/reference/device.js";
 import { openWebGpu } from "../backends/webgpu/device.js";
 import { FewbitError } from "../core/errors.js";
 import { packSettings } from "../ir/sample.js";
-import type { DenseTensor, HostTensor } from "../ir/tensor.js";
+import type { HostTensor } from "../ir/tensor.js";
 import { PAST, TOKENS } from "../models/decoder.js";
 import { type LoadModelOptions, loadModel, type Model } from "../models/model.js";
 import { type BackendName, Device } from "../runtime/device.js";
@@ -115,5 +115,3 @@ export async function traceBoth(taps: readonly Tap[], runs: readonly TraceRun[],
   }
   return { steps, first: null };
 }
-
-export const isFloat = (tensor: HostTensor): tensor is DenseTensor => "data" in tensor && tensor.dtype === "f32";

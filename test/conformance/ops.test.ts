@@ -5,9 +5,8 @@ import { failures, missing, QUICK, runOn } from "../support/cases.js";
 const others = QUICK.filter(({ op }) => op !== "linear");
 const count = others.reduce((sum, { runs }) => sum + runs.length, 0);
 
-/** Named absences: rules that only the host can carry out, and blocks that no WGSL kernel reads. */
+/** Named absences: rules that only the host can carry out. */
 const ABSENT = [
-  "embedding int4_sinq",
   "quantize codebook4",
   "quantize codebook4_1x2",
   "quantize codebook8",

@@ -2,21 +2,21 @@ import { FORMATS } from "../../../formats/table.js";
 import type { TensorType, ValueId } from "../../../ir/graph.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
+import type { Capabilities } from "../../backend.js";
 import { type BuildContext, type Dispatch, shaderHead, value, write } from "../kernel.js";
 import { elevenBits, matrixUnit, SUBGROUP, UNIT } from "./matrix.js";
 import { memoryUnmet, NONE, queryRows, REAL, type SdpaText, sdpaStep, sdpaText } from "./sdpa-step.js";
 
-/** Four subgroups take 16 query rows each and walk the keys 32 at a time. */
-const SUBGROUPS = 4;
-const THREADS = SUBGROUPS * SUBGROUP;
-const ROWS = SUBGROUPS * UNIT;
+/** Subgroups take 16 query rows each and walk the keys 32 at a time; eight share a tile of keys where memory allows it. */
+const FEW = 4;
+const MANY = 8;
 const KEYS = 32;
 const LARGEST_HEAD = 128;
 /** Pitches of rows in workgroup memory: rows fall in different banks, and begin at multiples of 16 bytes. */
 const P_PITCH = KEYS + 8;
 const STAGE_PITCH = 2 * UNIT + 4;
 
-export const MATRIX_ROWS = ROWS;
+export const MATRIX_ROWS = FEW * UNIT;
 
 /** f16 parts of k's or v's elements (of their codes, where one scale a row can wait): one where 11 bits hold them, else two. */
 export function matrixParts(type: TensorType): 1 | 2 {
@@ -32,10 +32,21 @@ function partsOf(bound: BoundStep): readonly [k: 1 | 2, v: 1 | 2] {
   return [matrixParts(bound.type(k)), matrixParts(bound.type(v))];
 }
 
-export function matrixMemory(bound: BoundStep): number {
+/** Bytes of workgroup memory that a workgroup of so many subgroups takes. */
+export function matrixMemory(bound: BoundStep, subgroups = FEW): number {
   const pitch = sdpaStep(bound).shape.size + 8;
+  const rows = subgroups * UNIT;
   const tile = Math.max(...partsOf(bound)) * KEYS * pitch * 2;
-  return tile + 2 * ROWS * P_PITCH * 2 + SUBGROUPS * UNIT * STAGE_PITCH * 4 + (2 * KEYS + ROWS) * 4;
+  return tile + 2 * rows * P_PITCH * 2 + rows * STAGE_PITCH * 4 + (2 * KEYS + rows) * 4;
+}
+
+function subgroupsOf(bound: BoundStep, device: Capabilities): number {
+  const many =
+    queryRows(bound) >= MANY * UNIT &&
+    sdpaStep(bound).shape.size % (4 * MANY) === 0 &&
+    matrixMemory(bound, MANY) <= device.workgroupMemory &&
+    MANY * SUBGROUP <= device.maxInvocations;
+  return many ? MANY : FEW;
 }
 
 /** What the matrix tier asks for beyond every attention kernel's requirements. */
@@ -68,14 +79,15 @@ export function buildMatrixPrefill(context: BuildContext): Dispatch[] {
   const text = sdpaText(context, write(value(out)), "f32");
   const { batch, kvHeads, tokens } = text.shape;
   const capacity = queryRows(bound);
+  const subgroups = subgroupsOf(bound, context.device);
   return [
     {
       label: bound.describe(),
-      wgsl: matrixPrefillSource(text, partsOf(bound)),
+      wgsl: matrixPrefillSource(text, partsOf(bound), subgroups),
       bindings: text.operands.map((operand) => operand.binding),
       workgroups: (symbols) => {
         const rows = typeof tokens === "number" ? capacity : (symbols[tokens] ?? 0) * text.group;
-        return [Math.ceil(rows / ROWS), batch * kvHeads, 1];
+        return [Math.ceil(rows / (subgroups * UNIT)), batch * kvHeads, 1];
       },
     },
   ];
@@ -92,11 +104,16 @@ function put(hi: string, lo: string | null, vector: string, slot: string): strin
       ${each(hi, "h")} ${each(lo, "l")} }`;
 }
 
-function matrixPrefillSource(text: SdpaText, [kParts, vParts]: readonly [1 | 2, 1 | 2]): string {
+function matrixPrefillSource(text: SdpaText, [kParts, vParts]: readonly [1 | 2, 1 | 2], subgroups: number): string {
   const { group, vectors, rows } = text;
   const { kvHeads, size } = text.shape;
   const pitch = size + 8;
   const steps = size / UNIT;
+  const threads = subgroups * SUBGROUP;
+  const tileRows = subgroups * UNIT;
+  /** Threads that fill a key's row, and vec4s that each of them brings. */
+  const team = threads / KEYS;
+  const share = vectors / team;
   const two = Math.max(kParts, vParts) === 2;
   const sink = text.sink("head_of(r, h)");
   const load = (side: "left" | "right", order: string, tile: string, at: string, stride: number) =>
@@ -128,28 +145,27 @@ function matrixPrefillSource(text: SdpaText, [kParts, vParts]: readonly [1 | 2, 
   workgroupBarrier();`;
   });
 
-  /** Puts a tile of keys' rows into workgroup memory: four threads a row. */
+  /** Puts a tile of keys' rows into workgroup memory: a team of threads a row. */
   const tile = (prefix: "kr" | "vr", parts: 1 | 2, gains: string) => `{
-    let line = lid / 4u;
+    let line = lid / ${team}u;
     let present = begin + line < last;
     var row = 0u;
     if (present) { row = key_row(b, h, begin + line); }
     var most = 0u;
-    ${list(steps, (n) => `var x${n} = vec4<f32>();`).join(" ")}
+    ${list(share, (n) => `var x${n} = vec4<f32>();`).join(" ")}
     if (present) {
-      ${list(steps, (n) => `x${n} = ${prefix}_raw(row, ${n * UNIT}u + lid % 4u * 4u);`).join("\n      ")}
-      ${list(steps, (n) => `most = max(most, largest(x${n}));`).join("\n      ")}
+      ${list(share, (n) => `x${n} = ${prefix}_raw(row, ${n * team * 4}u + lid % ${team}u * 4u);`).join("\n      ")}
+      ${list(share, (n) => `most = max(most, largest(x${n}));`).join("\n      ")}
     }
-    most = max(most, subgroupShuffleXor(most, 1u));
-    most = max(most, subgroupShuffleXor(most, 2u));
+    ${list(Math.log2(team), (n) => `most = max(most, subgroupShuffleXor(most, ${2 ** n}u));`).join("\n    ")}
     let exponent = scale_exponent(most);
     let scale = bitcast<f32>(exponent << 23u);
-    if (lid % 4u == 0u) {
+    if (lid % ${team}u == 0u) {
       var gain = 0.0;
       if (present) { gain = ${prefix}_gain(row) * bitcast<f32>((254u - exponent) << 23u); }
       ${gains}[line] = gain;
     }
-    ${list(steps, (n) => put("tile_hi", parts === 2 ? "tile_lo" : null, `x${n} * scale`, `line * ${pitch}u + ${n * UNIT}u + lid % 4u * 4u`)).join("\n    ")}
+    ${list(share, (n) => put("tile_hi", parts === 2 ? "tile_lo" : null, `x${n} * scale`, `line * ${pitch}u + ${n * team * 4}u + lid % ${team}u * 4u`)).join("\n    ")}
   }`;
 
   // Small products first: the sum is small while they join it.
@@ -239,21 +255,21 @@ fn largest(x: vec4<f32>) -> u32 {
 fn scale_exponent(most: u32) -> u32 { return u32(clamp(268 - i32(most >> 23u), 1, 253)); }
 var<workgroup> tile_hi: array<f16, ${KEYS * pitch}>;
 ${two ? `var<workgroup> tile_lo: array<f16, ${KEYS * pitch}>;` : ""}
-var<workgroup> p_hi: array<f16, ${ROWS * P_PITCH}>;
-var<workgroup> p_lo: array<f16, ${ROWS * P_PITCH}>;
-var<workgroup> stage: array<f32, ${ROWS * STAGE_PITCH}>;
+var<workgroup> p_hi: array<f16, ${tileRows * P_PITCH}>;
+var<workgroup> p_lo: array<f16, ${tileRows * P_PITCH}>;
+var<workgroup> stage: array<f32, ${tileRows * STAGE_PITCH}>;
 var<workgroup> k_gain: array<f32, ${KEYS}>;
 var<workgroup> v_gain: array<f32, ${KEYS}>;
-var<workgroup> q_gain: array<f32, ${ROWS}>;
-@compute @workgroup_size(${THREADS})
+var<workgroup> q_gain: array<f32, ${tileRows}>;
+@compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) lid: u32,
   @builtin(subgroup_id) sg: u32, @builtin(subgroup_invocation_id) lane: u32) {
   let b = wid.y / ${kvHeads}u;
   let h = wid.y % ${kvHeads}u;
   let rows = ${rows};
-  let r0 = wid.x * ${ROWS}u;
+  let r0 = wid.x * ${tileRows}u;
   let first = first_key(r0 / ${group}u);
-  let last = end_key((min(r0 + ${ROWS}u, rows) - 1u) / ${group}u);
+  let last = end_key((min(r0 + ${tileRows}u, rows) - 1u) / ${group}u);
   let line = lid / 2u;
   let half = lid % 2u;
   let r = r0 + line;
