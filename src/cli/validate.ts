@@ -57,7 +57,10 @@ export function validateCommand(cli: Cli): Command {
     .addOption(list("--formats <names>", "only these formats, separated by commas", "format", Object.keys(FORMATS)))
     .addOption(list("--ops <names>", "only these ops, separated by commas", "op", Object.keys(OPS)))
     .option("--quick", "the quick table (the default)")
-    .option("--full", "every format, block and shape on every tier")
+    .option(
+      "--full",
+      "every format, block and shape; tiers above the default take the quick table unless named with --tier",
+    )
     .option("--case <id>", "only this case; may be repeated", (id: string, before: string[] = []) => [...before, id])
     .option("--seed <n>", "the seed of all random numbers", integer("--seed", 0, 2 ** 32 - 1), DEFAULT_SEED)
     .option("--golden <dir>", "run a directory of golden vectors (manifest.json) instead of the table")

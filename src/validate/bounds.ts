@@ -355,7 +355,9 @@ function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined): Ne
   const [values, inputs] = stored === null ? [floats(x), floats(x)] : [exactValues(stored), magnitudes(stored)];
   const [w, wSize] = [exactValues(weight), magnitudes(weight)];
   const integer = stored !== null && isInteger(stored.format) && isInteger(weight.format);
-  const run = integer ? Math.min(scaleGranularity(stored.format, k), scaleGranularity(weight.format, k)) : 1;
+  // Products are summed exactly over all of K where no scale changes along it, else over the 32 elements of a chunk at most.
+  const shared = integer ? Math.min(scaleGranularity(stored.format, k), scaleGranularity(weight.format, k)) : 1;
+  const run = shared >= k ? k : Math.min(shared, 32);
   const error = x.kind === "near" && x.error.some((e) => e > 0) ? x.error : null;
   // Integer sums of a run are exact; the run is converted, scaled by every level of both operands, and added to the others.
   const scales = (stored?.format.scales.length ?? 0) + weight.format.scales.length;
@@ -370,7 +372,7 @@ function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined): Ne
     let [sum, size, passed, exactSize] = [0, 0, 0, 0];
     for (let begin = 0; begin < k; begin += run) {
       let part = 0;
-      for (let j = begin; j < begin + run; j++) {
+      for (let j = begin; j < Math.min(begin + run, k); j++) {
         part += (values[row + j] as number) * (w[column + j] as number);
         exactSize += Math.abs((values[row + j] as number) * (w[column + j] as number));
         if (!integer) size += Math.abs(inputs[row + j] as number) * (wSize[column + j] as number);

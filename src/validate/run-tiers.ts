@@ -16,7 +16,7 @@ const LIMITS = "limits above WebGPU's defaults";
 export interface ValidateOptions {
   /** Default: reference and webgpu. */
   readonly backends?: readonly BackendName[];
-  /** Tiers of WebGPU devices; default: all, of the quick table the higher ones take the cases whose kernels differ. */
+  /** Tiers of WebGPU devices; default: all, above the default one only the quick table's cases, of that those whose kernels differ. */
   readonly tiers?: readonly Tier[];
   readonly selection?: Selection;
   readonly seed?: number;
@@ -48,8 +48,13 @@ export async function* validate(options: ValidateOptions = {}): AsyncGenerator<V
   for (const backend of options.backends ?? ["reference", "webgpu"]) {
     const tiers: readonly (Tier | null)[] = backend === "webgpu" ? (options.tiers ?? TIERS) : [null];
     for (const tier of tiers) {
-      const sampled = options.tiers === undefined && selection.quick === true && tier !== null && tier !== "default";
-      const cases = sampled ? programs.filter(({ tiered }) => tiered) : programs;
+      // Asked for by name a tier takes everything; otherwise the tiers above the default take what can differ there.
+      const whole = options.tiers !== undefined || tier === null || tier === "default";
+      const cases = whole
+        ? programs
+        : selection.quick
+          ? programs.filter(({ tiered }) => tiered)
+          : selectCases(programs, { quick: true });
       await using device = await openTier(backend, tier, options);
       const feature = tier === null ? undefined : FEATURE_OF[tier];
       if (tier !== null && feature !== undefined && !device.capabilities.features.has(feature)) {
