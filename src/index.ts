@@ -81,5 +81,12 @@ export {
   Program,
   type RunOptions,
 } from "./runtime/device.js";
-export { dequantize, type QuantizeTensorOptions, quantize } from "./runtime/quantize.js";
+export {
+  dequantize,
+  type Parameter,
+  type QuantizedModel,
+  type QuantizeTensorOptions,
+  quantize,
+  quantizeModel,
+} from "./runtime/quantize.js";
 export type { Tokenizer } from "./text/tokenizer.js";

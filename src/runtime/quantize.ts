@@ -4,6 +4,7 @@ import { asMatrix, sizeOf } from "../core/shape.js";
 import type { Format } from "../formats/format.js";
 import { FORMATS, type FormatName } from "../formats/table.js";
 import { dequantize as exactValues, type QuantizedTensor } from "../formats/tensor.js";
+import { configFor, type QuantizeConfig } from "../quantize/configs.js";
 import { listQuantizeNames, parseQuantizeName } from "../quantize/names.js";
 import { type QuantizeOptions, quantizeTensor } from "../quantize/quantize.js";
 
@@ -45,6 +46,52 @@ export function quantize(
 /** The values of a quantized tensor [rows, k], each rounded once to float32. */
 export function dequantize(tensor: QuantizedTensor): Float32Array {
   return Float32Array.from(exactValues(tensor));
+}
+
+/** One parameter of a model on the host: raw bits for f16 and bf16. */
+export interface Parameter {
+  readonly dtype: FloatType;
+  readonly shape: readonly number[];
+  readonly data: Float32Array | Uint16Array;
+}
+
+export interface QuantizedModel {
+  /** Quantized weights by parameter name; parameters that no config takes are not in it. */
+  readonly weights: ReadonlyMap<string, QuantizedTensor>;
+  /** The format that the input of a layer is quantized to on every call, for layers with a dynamic config. */
+  readonly activations: ReadonlyMap<string, Format>;
+}
+
+/**
+ * Quantizes every linear of a model, torchao's `quantize_` (specification, section 4): parameters named `<layer>.weight` with two
+ * dimensions. `config` is one config, a short name, or a map of layer patterns to configs (see `configFor`); `filter` chooses layers
+ * by name and goes with a single config only.
+ *
+ * Throws `quantize/layer` naming the first layer that its config cannot take, with the reason: nothing is skipped in silence; and
+ * `argument/invalid`, `argument/unknown-name`.
+ */
+export function quantizeModel(
+  parameters: ReadonlyMap<string, Parameter>,
+  config: QuantizeConfig | string | ReadonlyMap<string, QuantizeConfig | null> | null,
+  filter?: (layer: string) => boolean,
+): QuantizedModel {
+  const selection = typeof config === "string" ? parseName(config) : config;
+  const weights = new Map<string, QuantizedTensor>();
+  const activations = new Map<string, Format>();
+  for (const [name, { dtype, shape, data }] of parameters) {
+    if (!name.endsWith(".weight") || shape.length !== 2) continue;
+    const layer = name.slice(0, -".weight".length);
+    const chosen = configFor(layer, selection, filter);
+    if (chosen === null) continue;
+    const matrix = [shape[0] as number, shape[1] as number] as const;
+    const format = chosen.weight({ shape: matrix, dtype });
+    if ("refused" in format) {
+      throw new FewbitError("quantize/layer", { layer, config: chosen.name, reason: format.refused });
+    }
+    weights.set(name, quantize(data, matrix, format, { dtype, numerics: chosen.numerics }));
+    if (chosen.activation !== null) activations.set(layer, chosen.activation);
+  }
+  return { weights, activations };
 }
 
 function resolve(

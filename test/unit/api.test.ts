@@ -28,6 +28,7 @@ test("the package exports what the README uses, a config for each of torchao's, 
     "loadModel",
     "Model",
     "quantize",
+    "quantizeModel",
     "dequantize",
     "GraphBuilder",
     "dense",
@@ -112,4 +113,35 @@ test("a graph of one's own runs: relu(x W^T) on the reference", async () => {
   const out = (y as api.DenseTensor).data;
   expect([...out].map((value) => value.toFixed(4))).toEqual([0, 1].map((row) => Math.max(0, dot(row)).toFixed(4)));
   expect(program.explain()).toContain("reference/linear");
+});
+
+describe("quantizeModel", () => {
+  const matrix = (n: number, k: number) => ({
+    dtype: "f32" as const,
+    shape: [n, k],
+    data: Float32Array.from({ length: n * k }, (_, i) => Math.sin(i)),
+  });
+  const parameters = new Map([
+    ["layers.0.q.weight", matrix(8, 64)],
+    ["layers.0.down.weight", matrix(8, 96)],
+    ["layers.0.norm.weight", { dtype: "f32" as const, shape: [64], data: new Float32Array(64) }],
+  ]);
+
+  test("every linear takes the config, with the values of quantize; other parameters are left alone", () => {
+    const { weights, activations } = api.quantizeModel(parameters, "int8dq");
+    expect([...weights.keys()]).toEqual(["layers.0.q.weight", "layers.0.down.weight"]);
+    expect([...activations.keys()]).toEqual(["layers.0.q", "layers.0.down"]);
+    expect(weights.get("layers.0.q.weight")).toEqual(quantize(matrix(8, 64).data, [8, 64], "int8dq"));
+  });
+
+  test("a filter or a map of patterns chooses layers", () => {
+    const only = api.quantizeModel(parameters, "int8wo", (layer) => layer.endsWith("down"));
+    expect([...only.weights.keys()]).toEqual(["layers.0.down.weight"]);
+    const map = new Map([["re:.*\\.q", api.parseQuantizeName("int8wo")]]);
+    expect([...api.quantizeModel(parameters, map).weights.keys()]).toEqual(["layers.0.q.weight"]);
+  });
+
+  test("a layer that its config cannot take is an error that names it and the nearest legal K", () => {
+    expect(() => api.quantizeModel(parameters, "int4wo-64")).toThrow(/layers\.0\.down.*K = 96.*nearest legal K/);
+  });
 });
