@@ -61,19 +61,25 @@ int main(int argc, char** argv) {
 }
 `;
 
-describe("the generated C++ header", () => {
+const compiler = await run("g++", ["--version"]).then(
+  () => "g++",
+  () => null,
+);
+
+/** Node alone must do for the tests, so a missing compiler is an absence by name; CI is expected to have one. */
+test("a C++ compiler: g++ is there, or its absence is named and this is not CI", () => {
+  if (compiler === null) console.warn("absent: g++, so the generated C++ header is not compiled by this run");
+  expect(compiler !== null || process.env.CI === undefined).toBe(true);
+});
+
+describe.runIf(compiler !== null)("the generated C++ header", () => {
   let folder: string;
   beforeAll(async () => {
     folder = await mkdtemp(join(tmpdir(), "fewbit-cxx-"));
     await writeFile(join(folder, "formats.hpp"), formatsHeader(formats));
     await writeFile(join(folder, "main.cpp"), PROGRAM);
     const flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"];
-    try {
-      await run("g++", [...flags, "main.cpp", "-o", "main"], { cwd: folder });
-    } catch (cause) {
-      if ((cause as NodeJS.ErrnoException).code !== "ENOENT") throw cause;
-      throw new Error("g++ is not installed: the generated C++ header cannot be tested", { cause });
-    }
+    await run("g++", [...flags, "main.cpp", "-o", "main"], { cwd: folder });
   }, 120_000);
   afterAll(() => rm(folder, { recursive: true, force: true }));
 
