@@ -7,14 +7,23 @@ import { ATTENTION_CASES, type NamedCase } from "../support/attention-cases.js";
 
 let device: WebGpuDevice;
 let runner: KernelRunner;
+/** All that the adapter has, for the kernel that needs matrix units. */
+let full: WebGpuDevice;
+let fullRunner: KernelRunner;
 beforeAll(async () => {
-  // WebGPU's default limits and no optional feature: what every kernel must run with.
+  // WebGPU's default limits and no optional feature: what every other kernel must run with.
   device = await openWebGpu({ tier: "default" });
   runner = new KernelRunner(device);
+  full = await openWebGpu({ tier: "f16" });
+  fullRunner = new KernelRunner(full);
 });
-afterAll(async () => device[Symbol.asyncDispose]());
+afterAll(async () => {
+  await device[Symbol.asyncDispose]();
+  await full[Symbol.asyncDispose]();
+});
 
-const KERNELS = ["webgpu/sdpa/prefill", "webgpu/sdpa/decode", "webgpu/sdpa/decode_split"];
+const MATRIX = "webgpu/sdpa/prefill_matrix";
+const KERNELS = ["webgpu/sdpa/prefill", MATRIX, "webgpu/sdpa/decode", "webgpu/sdpa/decode_split"];
 
 /** The case on the reference and on every kernel that takes it: the worst error in units of the bound. */
 async function runCase(named: NamedCase): Promise<Record<string, number>> {
@@ -43,12 +52,13 @@ async function runCase(named: NamedCase): Promise<Record<string, number>> {
     // A kernel is built for a bucket of lengths: few pipelines, and rows that a run leaves idle.
     const bucket = [1, 4, 8, 32].find((tokens) => named.tokens <= tokens) ?? (graph.symbols.T as number);
     const tokens = Math.min(
-      id === "webgpu/sdpa/prefill" ? Number.POSITIVE_INFINITY : bucket,
+      id === "webgpu/sdpa/prefill" || id === MATRIX ? Number.POSITIVE_INFINITY : bucket,
       graph.symbols.T as number,
     );
     const largest = { ...graph.symbols, T: tokens };
-    if (runner.unmet(id, graph, largest) !== null) continue;
-    const { out, damaged } = await runner.run(id, graph, operands, symbols, largest);
+    const on = id === MATRIX ? fullRunner : runner;
+    if (on.unmet(id, graph, largest) !== null) continue;
+    const { out, damaged } = await on.run(id, graph, operands, symbols, largest);
     expect(damaged, `${id}: words changed outside its output`).toBe(0);
     found[id] = worst(out);
   }

@@ -205,6 +205,34 @@ const TABLE: readonly (readonly [AttentionSetup, ...(readonly [tokens: number, k
       [35, 150],
       [7, 96],
     ],
+    // Stored keys with every option: what kernels that take no float32 keys are held to.
+    ...(
+      [
+        ["window of 7", { attrs: { causal: true, window: 7 } }],
+        ["window of 20, soft-cap of 30", { attrs: { causal: true, window: 20, softcap: 30 } }],
+        ["sinks", { sinks: true, attrs: { causal: true } }],
+        ["shared mask", { mask: "shared" }],
+        ["mask per head, sinks, soft-cap", { mask: "full", sinks: true, attrs: { softcap: 20 } }],
+        ["scale of -1", { attrs: { scale: -1 } }],
+      ] as const
+    ).flatMap(([name, options], i) =>
+      ([F.bf16, F.int8, grouped(F.uint4, 32)] as const).map(
+        (kv) =>
+          [
+            {
+              name: `${kv.name} cache, ${name}`,
+              ...heads(4, 2, i % 2 === 0 ? 64 : 128),
+              kv,
+              capacity: 150,
+              ...options,
+            },
+            [33, 90],
+            [70, 150, "large"],
+            [17, 65, "masked rows"],
+            [20, 149, "dominating"],
+          ] as const,
+      ),
+    ),
     // Long: splits, and 4096 keys.
     [
       { name: "4096 keys", heads: 4, kvHeads: 2, size: 64, most: [4, 4096] },

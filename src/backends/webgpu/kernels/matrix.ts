@@ -17,8 +17,8 @@ import { chunked, type LinearParts, type LinearStep, linearParts, linearStep } f
 
 /** A workgroup of four subgroups makes TILE x TILE outputs, a subgroup a quarter of them in UNIT x UNIT matrices. */
 const TILE = 64;
-const UNIT = 16;
-const SUBGROUP = 32;
+export const UNIT = 16;
+export const SUBGROUP = 32;
 const THREADS = 4 * SUBGROUP;
 /** f16 elements of a tile row in workgroup memory: a chunk and padding against bank conflicts. */
 const PITCH = CHUNK + 8;
@@ -63,7 +63,7 @@ const manyRows: Requirement = {
   },
 };
 
-const matrixUnit: Requirement = {
+export const matrixUnit: Requirement = {
   unmet: (_, device) => {
     for (const feature of ["shader-f16", "subgroups", "chromium-experimental-subgroup-matrix"]) {
       if (!device.features.has(feature)) return `the device has no ${feature}`;
@@ -149,7 +149,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
 }
 
 /** Rounds to 11 significant bits by integer arithmetic: drivers take a conversion to f16 and back for the identity. */
-const elevenBits = (vector: string): string =>
+export const elevenBits = (vector: string): string =>
   `bitcast<vec4<f32>>((bitcast<vec4<u32>>(${vector}) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u))`;
 
 function matrixSource(

@@ -1,6 +1,7 @@
 import type { Requirement } from "../../../plan/select.js";
 import type { WebGpuKernel } from "../kernel.js";
 import { buildDecode, decodeMemory, splitScratch } from "./sdpa-decode.js";
+import { buildMatrixPrefill, MATRIX_ROWS, sdpaMatrixRequirements } from "./sdpa-matrix.js";
 import { buildPrefill, PREFILL_MEMORY, PREFILL_TILE } from "./sdpa-prefill.js";
 import { keyExtent, memoryUnmet, queryRows, sdpaRequirements, sdpaStep } from "./sdpa-step.js";
 
@@ -27,6 +28,14 @@ export const SDPA_KERNELS: readonly WebGpuKernel[] = [
     rowTile: PREFILL_TILE,
     efficiency: { bandwidth: 0.2, compute: 0.2 },
     build: buildPrefill,
+  },
+  {
+    id: "webgpu/sdpa/prefill_matrix",
+    kind: "sdpa",
+    requires: [...sdpaRequirements, ...sdpaMatrixRequirements],
+    rowTile: MATRIX_ROWS,
+    efficiency: { bandwidth: 0.2, compute: 1 },
+    build: buildMatrixPrefill,
   },
   {
     id: "webgpu/sdpa/decode",
