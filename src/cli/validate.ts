@@ -203,6 +203,7 @@ async function golden(cli: Cli, { backend }: ValidateArguments, folder: string):
   const counts = { passed: 0, failed: 0, unsupported: 0 };
   const all: unknown[] = [];
   for (const name of backend ?? ["reference"]) {
+    const onHost = new Map<string, string[]>();
     const byConfig = new Map<string, { passed: number; failed: number; unsupported: number }>();
     await using device = await open({ prefer: [name], signal: cli.signal });
     const runner = name === "reference" ? REFERENCE_GOLDEN : goldenDevice(device);
@@ -222,6 +223,12 @@ async function golden(cli: Cli, { backend }: ValidateArguments, folder: string):
         line.clear();
         cli.out.write(`${result.status.padEnd(12)}${name} ${result.case}: ${result.reason}\n`);
       }
+      if (name === "reference" || result.status !== "passed") continue;
+      const how = result.calls === 0 ? "wholly" : "in part";
+      for (const reason of result.host) {
+        const key = `${how} on the host (${reason})`;
+        onHost.set(key, [...(onHost.get(key) ?? []), result.case]);
+      }
     }
     line.clear();
     const width = Math.max(...[...byConfig.keys()].map((config) => config.length), 6) + 2;
@@ -235,6 +242,7 @@ async function golden(cli: Cli, { backend }: ValidateArguments, folder: string):
       ];
       cli.out.write(`${config.padEnd(width)}${notes.join(", ")}\n`);
     }
+    for (const [reason, cases] of onHost) cli.out.write(`${name}, ${reason}: ${cases.join(", ")}\n`);
   }
   if (cli.json) cli.out.write(`${JSON.stringify({ command: "validate", golden: folder, ...counts, results: all })}\n`);
   finish(cli, counts);

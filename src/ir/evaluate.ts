@@ -178,10 +178,14 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
     return [f32((a as DenseTensor).shape, out)];
   },
 
-  quantize: ([x], { format, heads = 1, dtype = "f32", ...options }) => {
+  quantize: ([x, scale, zero], { format, heads = 1, dtype = "f32", ...options }) => {
     const source = x as DenseTensor;
     const [rows, width] = shapeRows(source.shape);
-    return [quantizeTensor(floats(source), [rows * heads, width / heads], dtype, format, options)];
+    const given =
+      scale === undefined
+        ? {}
+        : { given: { scale: floats(scale), ...(zero === undefined ? {} : { zero: floats(zero) }) } };
+    return [quantizeTensor(floats(source), [rows * heads, width / heads], dtype, format, { ...options, ...given })];
   },
 
   dequantize: ([x], { dtype }) => {

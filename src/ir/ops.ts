@@ -208,9 +208,13 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
   },
   unary: { operands: ["a"], infer: elementwise(1), flops: (shapes) => 8 * elements(shapes[0]) },
   binary: { operands: ["a", "b"], infer: elementwise(2), flops: (shapes) => elements(shapes[0]) },
-  /** x f32 [..., K] -> the same values in a format, chosen by the format's rule. */
+  /**
+   * x f32 [..., K] -> the same values in a format, scales and zero points chosen by the format's rule, or given (static
+   * quantization): scale and zero f32 [R, C], one for every block of the first level; R is 1 where a block takes all rows.
+   */
   quantize: {
-    operands: ["x"],
+    operands: ["x", "scale", "zero"],
+    optional: 2,
     infer: (types, attrs, where) => {
       const x = requireDense(at(types, 0), "f32", `${where}.x`);
       const { format, heads } = attrs;
@@ -224,6 +228,11 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
         });
       }
       requireBlocks(format, at(shape, shape.length - 1), `${where}.x`);
+      for (const [i, name] of (["scale", "zero"] as const).entries()) {
+        const given = types[i + 1];
+        if (given !== undefined)
+          requireGiven(format, shape, requireDense(given, "f32", `${where}.${name}`), `${where}.${name}`);
+      }
       return [{ kind: "format", format, shape }];
     },
     flops: (shapes) => 4 * elements(shapes[0]),
@@ -259,6 +268,34 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
     flops: (shapes) => 12 * elements(shapes[0]),
   },
 };
+
+/** Throws `quantize/unsupported` or `shape/mismatch` unless scales (or zero points) of this shape can be given for x. */
+function requireGiven(format: Format, x: readonly Dim[], given: readonly Dim[], what: string): void {
+  const [level] = format.scales;
+  if (level === undefined || format.scales.length > 1)
+    throw new FewbitError("quantize/unsupported", {
+      config: format.name,
+      reason: `${what}: only a format with one level of scales can be given them`,
+    });
+  const [height, width] = level.block;
+  const columns = width === "all" ? 1 : (at(x, x.length - 1) as number) / width;
+  const leading = x.slice(0, -1);
+  const rows = leading.every((dim) => typeof dim === "number")
+    ? elements(leading as number[])
+    : leading.length === 1
+      ? at(leading, 0)
+      : undefined;
+  const blocks =
+    height === "all" ? 1 : height === 1 ? rows : typeof rows === "number" ? Math.ceil(rows / height) : undefined;
+  if (blocks === undefined)
+    throw new FewbitError("quantize/unsupported", {
+      config: format.name,
+      reason: `${what}: the number of blocks is not known when ${showDims(leading)} rows are cut into ${height}s`,
+    });
+  requireShape(given, [blocks, columns], what);
+}
+
+const showDims = (dims: readonly Dim[]): string => `[${dims.join(", ")}]`;
 
 /** A shape as the [rows, k] matrix that formats store. */
 export function shapeRows(shape: readonly number[]): [rows: number, k: number] {

@@ -146,6 +146,7 @@ export const FUSIONS: readonly Fusion[] = [
       for (let i = index; i < view.graph.nodes.length && view.free(i); i++) {
         const node = nodeAt(view, i);
         if (node.op !== "rope" && node.op !== "kv_write" && node.op !== "quantize" && node.op !== "hadamard") break;
+        if (node.op === "quantize" && node.inputs.length > 1) break;
         if (node.op === "quantize" && !group.includes(view.producer.get(node.inputs[0] as ValueId) ?? -1)) break;
         if ("position" in node.attrs && node.attrs.position !== first.attrs.position) break;
         count[node.op]++;

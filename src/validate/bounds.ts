@@ -230,9 +230,9 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     });
   },
 
-  quantize: ([x], { format }, symbols, types, node) => {
+  quantize: ([x, ...given], { format }, symbols, types, node) => {
     const source = near(x);
-    const [tensor] = evaluateNode(node, [tensorOf(x)], symbols, types) as [QuantizedTensor];
+    const [tensor] = evaluateNode(node, [x, ...given].map(tensorOf), symbols, types) as [QuantizedTensor];
     if (source.error.every((error) => error === 0)) return [{ kind: "equal", tensor }];
     const k = tensor.shape[1];
     return [storeBound({ ...tensor, format }, (row) => source.error.subarray(row * k, (row + 1) * k))];

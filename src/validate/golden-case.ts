@@ -43,12 +43,8 @@ export interface GoldenPrimitives {
   linear(x: Float32Array | QuantizedTensor, weight: QuantizedTensor, bias: Float32Array | null): Maybe<Float32Array>;
   /** softmax(q k^T / sqrt(size)) v; causal row i sees keys 0..i. */
   sdpa(q: Float32Array, k: Float32Array, v: Float32Array, shape: AttentionShape): Maybe<Float32Array>;
-  /**
-   * Algorithms that have no device part: packing orders of other libraries, calibration, optimizers, training casts.
-   * They run on the host for every backend, so only the reference offers this; other backends report such cases as
-   * unsupported.
-   */
-  host: true;
+  /** A tensor as it comes back from the backend's memory: what host algorithms make goes through it. */
+  store(tensor: QuantizedTensor): Maybe<QuantizedTensor>;
 }
 export type GoldenPrimitive = keyof GoldenPrimitives;
 
@@ -57,11 +53,15 @@ export interface GoldenBackend {
   readonly primitives: Partial<GoldenPrimitives>;
   /** Why a primitive is left out, for reports. */
   readonly lacks?: Partial<Record<GoldenPrimitive, string>>;
+  /** Why the backend's `quantize` makes this format on the host and stores what comes out, or null where it does not. */
+  quantizesOnHost?(format: Format, options: QuantizeOptions): string | null;
 }
 
 /** Cases of one config of the manifest: what they need and how their tensors are made. */
 export interface GoldenHandler {
   readonly needs: readonly GoldenPrimitive[] | ((golden: GoldenCase) => readonly GoldenPrimitive[]);
+  /** What of these cases fewbit does on the host, whatever the backend: preparation that no device takes part in. */
+  readonly host?: string;
   run(context: GoldenContext): Promise<void>;
 }
 

@@ -1,4 +1,8 @@
+import { codecBits, withRule } from "../formats/format.js";
 import { packNibbles } from "../formats/layouts.js";
+import { packRows } from "../formats/pack.js";
+import { CODECS, FORMATS } from "../formats/table.js";
+import type { QuantizedTensor } from "../formats/tensor.js";
 import {
   float8Attention,
   float8Values,
@@ -48,7 +52,23 @@ async function float8(context: GoldenContext): Promise<void> {
 }
 
 async function maps(context: GoldenContext): Promise<void> {
-  for (const { name } of context.golden.tensors) context.put(name, stateMap(name as Exclude<StateKind, "fp8">));
+  for (const { name } of context.golden.tensors) {
+    const entries = [...stateMap(name as Exclude<StateKind, "fp8">)];
+    const codes = Uint32Array.from(entries, (_, code) => code);
+    const codec = { kind: "lut", bits: Math.log2(entries.length), entries, vector: [1, 1] } as const;
+    context.put(name, await context.backend.decode(codec, codes));
+  }
+}
+
+/** A state as a stored tensor: one row a block. */
+function stateTensor({ codes, scale }: OptimState, kind: StateKind): QuantizedTensor {
+  const size = codes.length / scale.length;
+  const entries = kind === "fp8" ? [] : [...stateMap(kind)];
+  const element =
+    kind === "fp8" ? CODECS.e4m3 : ({ kind: "lut", bits: Math.log2(entries.length), entries, vector: [1, 1] } as const);
+  const format = withRule(FORMATS.float8_e4m3, kind, { element, rule: { kind: "cast" } });
+  const qdata = packRows(codes, scale.length, size, codecBits(element));
+  return { format, shape: [scale.length, size], qdata, scales: [new Uint32Array(scale.buffer)] };
 }
 
 async function optimState(context: GoldenContext): Promise<void> {
@@ -59,6 +79,7 @@ async function optimState(context: GoldenContext): Promise<void> {
   context.put("scale", state.scale);
   context.put("packed", packNibbles(state.codes, "second"));
   context.put("dequant", dequantizeState(state, kind));
+  context.put("dequant", await context.backend.dequantize(stateTensor(state, kind), "f32"));
 }
 
 const BITS: Record<string, { bits: 8 | 4 | "fp8"; decoupled: boolean }> = {
@@ -89,11 +110,19 @@ async function optimizer(context: GoldenContext): Promise<void> {
   }
 }
 
+const STATES = "optimizer states, which fewbit keeps on the host";
+
 export const ATTENTION_AND_TRAINING: Readonly<Record<string, GoldenHandler>> = {
   scaled_dot_product_attention: { needs: ["sdpa"], run: sdpa },
-  "apply_low_precision_attention FP8_FA3": { needs: ["host", "sdpa"], run: float8 },
-  "low-bit optimizer maps": { needs: ["host"], run: maps },
-  OptimState: { needs: ["host"], run: optimState },
-  OptimStateFp8: { needs: ["host"], run: optimState },
-  ...Object.fromEntries(Object.keys(BITS).map((name) => [name, { needs: ["host"], run: optimizer } as GoldenHandler])),
+  "apply_low_precision_attention FP8_FA3": {
+    needs: ["sdpa"],
+    host: "scales of queries, keys and values, over whole heads",
+    run: float8,
+  },
+  "low-bit optimizer maps": { needs: ["decode"], run: maps },
+  OptimState: { needs: ["dequantize"], host: STATES, run: optimState },
+  OptimStateFp8: { needs: ["dequantize"], host: STATES, run: optimState },
+  ...Object.fromEntries(
+    Object.keys(BITS).map((name) => [name, { needs: [], host: STATES, run: optimizer } as GoldenHandler]),
+  ),
 };

@@ -154,7 +154,6 @@ async function affine(context: GoldenContext): Promise<void> {
   for (const name of outputs) {
     context.put(name, back(await context.backend.dequantize(tensor, floatTypeOf(name.slice("dequant_".length))), k));
   }
-  if (!context.backend.host) return;
 
   // And the primitives themselves, which take any rank.
   const chosen = chooseQParams(data, shape, {
@@ -186,7 +185,6 @@ async function affineMinMax(context: GoldenContext): Promise<void> {
   const pairs = Float32Array.from({ length: lo.length * 2 }, (_, i) => (i % 2 === 0 ? lo : hi)[i >> 1] as number);
   const format = affineFormat({ min, max, mapping, block: [1, 2], scale: "f32", zero: INTEGERS.int32 as Codec });
   putParts(context, "", await context.backend.quantize(pairs, [lo.length, 2], "f32", format, { numerics: "torchao" }));
-  if (!context.backend.host) return;
   const chosen = chooseQParamsWithMinMax(lo, hi, { mapping, min, max, dtype: "f32" });
   context.put("scale", chosen.scale);
   context.put("zero_point", chosen.zero);
@@ -221,7 +219,6 @@ async function fakeQuant(context: GoldenContext): Promise<void> {
     "mask",
     Uint8Array.from(storedCodes(tensor), (code) => (code >= min && code <= max ? 1 : 0)),
   );
-  if (!context.backend.host) return;
   const qparams = { scale, zero, scaleDtype: "f32" } as const;
   context.put(
     "fake_quant",

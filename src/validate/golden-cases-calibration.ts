@@ -6,7 +6,6 @@ import { dequantize, elementCodes, scaleValues, zeroValues } from "../formats/te
 import { readTorchaoTensor, type TorchaoPart, torchaoPartName } from "../formats/torchao.js";
 import { awqQuantize } from "../quantize/awq.js";
 import { prototypeInt4WeightOnly } from "../quantize/configs.js";
-import { dequantizeTo } from "../quantize/dequantize.js";
 import { gptqQuantize, Hessian } from "../quantize/gptq.js";
 import { columnMaxima, smoothWeight } from "../quantize/smoothquant.js";
 import { compress24, metadataWords, packMarlin24, prune24, reorderCutlass } from "../quantize/sparse.js";
@@ -40,7 +39,7 @@ async function awq(context: GoldenContext): Promise<void> {
   context.put("equalization_scale", made.scale);
   context.put("act_pre_scale", made.preScale);
   const scaled = context.floats("x").map((value, i) => value * (made.preScale[i % shape[1]] as number));
-  context.put("y.torchao", await context.backend.linear(scaled, made.tensor, null));
+  context.put("y.torchao", await context.backend.linear(scaled, await context.backend.store(made.tensor), null));
 }
 
 async function gptq(context: GoldenContext): Promise<void> {
@@ -58,11 +57,12 @@ async function gptq(context: GoldenContext): Promise<void> {
     int8: FORMATS.int8,
     nvfp4: FORMATS.nvfp4,
   };
-  const tensor = gptqQuantize(context.floats("w"), [n, k], hessian, formats[String(args.base)] as Format, {
+  const made = gptqQuantize(context.floats("w"), [n, k], hessian, formats[String(args.base)] as Format, {
     numerics: "torchao",
     percdamp: args.percdamp as number,
     blockSize: args.gptq_quantize_block_size as number,
   });
+  const tensor = await context.backend.store(made);
   context.put("codes", storedCodes(tensor));
   context.put("scale.bits", scaleBits(tensor));
   const groups = scaleValues(tensor, 0).length / n;
@@ -109,10 +109,11 @@ async function checkpoint(context: GoldenContext): Promise<void> {
     }
     const parts = new Map<string, TorchaoPart>();
     for (const part of described._tensor_data_names ?? []) parts.set(part, file.part(torchaoPartName(name, part)));
-    const { tensor } = readTorchaoTensor(name, described._type, described._data, parts);
+    const { tensor: read } = readTorchaoTensor(name, described._type, described._data, parts);
+    const tensor = await context.backend.store(read);
     // torchao rounds every step to the weight's dtype; int4 is read by kernels only, which round once.
     const once = () => Float32Array.from(dequantize(tensor), (value) => roundTo("bf16", value));
-    context.put(name, described._type === "Int4Tensor" ? once() : dequantizeTo(tensor, "bf16"));
+    context.put(name, described._type === "Int4Tensor" ? once() : await context.backend.dequantize(tensor, "bf16"));
     // Bytes survive the way through fewbit's own layout.
     if (described._type === "Int4Tensor") {
       const packed = packNibbles(elementCodes(tensor), "first");
@@ -122,10 +123,10 @@ async function checkpoint(context: GoldenContext): Promise<void> {
 }
 
 export const CALIBRATION: Readonly<Record<string, GoldenHandler>> = {
-  SmoothQuantConfig: { needs: ["host", "quantize", "linear"], run: smoothQuant },
-  AWQConfig: { needs: ["host", "linear"], run: awq },
-  GPTQConfig: { needs: ["host"], run: gptq },
-  "2:4 semi-structured": { needs: ["host"], run: sparse24 },
-  "MarlinSparseLayout (removed)": { needs: ["host"], run: marlin },
-  "torchao safetensors checkpoint": { needs: ["host"], run: checkpoint },
+  SmoothQuantConfig: { needs: ["quantize", "linear"], host: "smoothing factors", run: smoothQuant },
+  AWQConfig: { needs: ["linear", "store"], host: "the search for scales", run: awq },
+  GPTQConfig: { needs: ["store"], host: "the Hessian and the codes, column by column", run: gptq },
+  "2:4 semi-structured": { needs: [], host: "pruning and the order of its metadata", run: sparse24 },
+  "MarlinSparseLayout (removed)": { needs: [], host: "the order of codes in another library's kernels", run: marlin },
+  "torchao safetensors checkpoint": { needs: ["dequantize", "store"], host: "reading the file", run: checkpoint },
 };

@@ -1,6 +1,7 @@
+import { maxValue } from "../formats/codec.js";
 import { type Block, type Format, withRule, withScale } from "../formats/format.js";
 import { packFpx } from "../formats/layouts.js";
-import { FORMATS, VARIANTS } from "../formats/table.js";
+import { CODECS, FORMATS, VARIANTS } from "../formats/table.js";
 import { elementCodes, type QuantizedTensor } from "../formats/tensor.js";
 import { fpxFormat } from "../quantize/configs.js";
 import { compress24 } from "../quantize/sparse.js";
@@ -87,6 +88,13 @@ async function training(context: GoldenContext): Promise<void> {
   const cast = castFloat8Training(context.floats("x"), context.matrix("x"), { rowwise, powerOfTwo: power });
   context.put("scale", cast.scale);
   context.put("codes", cast.codes);
+  const perRow = context.matrix("x")[1];
+  const top = maxValue(CODECS.e4m3);
+  const scaled = context.floats("x").map((value, i) => {
+    const product = Math.fround(value * (cast.scale[rowwise ? Math.floor(i / perRow) : 0] as number));
+    return Math.min(Math.max(product, -top), top);
+  });
+  context.put("codes", await context.backend.encode(CODECS.e4m3, scaled));
 }
 
 /** 18: the fp8 path quantizes a weight that is already 2:4 sparse. */
@@ -121,7 +129,7 @@ export const FLOAT: Readonly<Record<string, GoldenHandler>> = {
   "mslk quantize_fp8_row": { needs: ["quantize"], run: rowKernel(VARIANTS.float8_mslk, "") },
   _choose_scale_float8: { needs: ["quantize"], run: powerScale },
   Float8StaticActivationFloat8WeightConfig: { needs: ["quantize"], run: staticActivation },
-  "float8 training cast": { needs: ["host"], run: training },
+  "float8 training cast": { needs: ["encode"], host: "scales of the cast of a training step", run: training },
   "Float8DynamicActivationFloat8WeightConfig (sparse packing)": { needs: ["quantize"], run: sparseFloat8 },
   "FPXWeightOnlyConfig (removed)": { needs: ["quantize", "dequantize"], run: fpx },
 };

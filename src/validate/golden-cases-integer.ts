@@ -359,9 +359,15 @@ async function sinq(context: GoldenContext): Promise<void> {
   context.put("scale_col", scaleValues(weight, 1));
 }
 
+/** The codes are read from a stored tensor; the order of shards is the file's. */
 async function shards(context: GoldenContext): Promise<void> {
   const [n, k] = context.matrix("codes");
-  const packed = packShards(context.input("codes"), n, k, context.golden.args.bits as number);
+  const bits = context.golden.args.bits as number;
+  const codes = await context.backend.decode(
+    { kind: "int", bits, signed: false },
+    Uint32Array.from(context.input("codes")),
+  );
+  const packed = packShards(Uint32Array.from(codes), n, k, bits);
   for (const [i, shard] of packed.entries()) context.put(`shard${i}`, shard);
 }
 
@@ -375,6 +381,8 @@ async function gemlite(context: GoldenContext): Promise<void> {
   const [n, k] = weight.shape;
   if (args.bit_width === 4) context.put("packed8", packGemlite(elementCodes(weight), n, k, 8));
 }
+
+const PACKING = "the order of bits in another library's files";
 
 export const INTEGER: Readonly<Record<string, GoldenHandler>> = {
   Int8WeightOnlyConfig: { needs: ["quantize", "dequantize", "linear"], run: int8 },
@@ -390,6 +398,6 @@ export const INTEGER: Readonly<Record<string, GoldenHandler>> = {
   Int8DynamicActivationIntxWeightConfig: { needs: ["quantize", "dequantize", "linear"], run: intxDynamic },
   "IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY": { needs: ["quantize"], run: hqqScaleOnly },
   _choose_qparams_and_quantize_scale_only_sinq: { needs: ["quantize"], run: sinq },
-  UintxTensor: { needs: ["host"], run: shards },
+  UintxTensor: { needs: ["decode"], host: PACKING, run: shards },
   UIntxWeightOnlyConfig: { needs: ["quantize"], run: gemlite },
 };

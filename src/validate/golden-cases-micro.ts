@@ -1,8 +1,9 @@
 import { roundTo } from "../core/dtype.js";
 import { decodeTable } from "../formats/codec.js";
-import { type Format, withRule, withScale } from "../formats/format.js";
+import { defineFormat, type Format, withRule, withScale } from "../formats/format.js";
 import { packNibbles, toBlocked } from "../formats/layouts.js";
-import { FORMATS } from "../formats/table.js";
+import { packRows } from "../formats/pack.js";
+import { CODECS, FORMATS } from "../formats/table.js";
 import { elementCodes, type QuantizedTensor, scaleValues } from "../formats/tensor.js";
 import { codebookWeightOnly, type MxMode, type MxType, mxFormat, nf4Format } from "../quantize/configs.js";
 import { quantizeGgufQ4K } from "../quantize/gguf.js";
@@ -60,7 +61,8 @@ async function mxLinear(context: GoldenContext): Promise<void> {
 
 async function blocked(context: GoldenContext): Promise<void> {
   const [rows, columns] = context.matrix("scales");
-  context.put("blocked", toBlocked(context.input("scales"), rows, columns));
+  const scales = await context.backend.decode(CODECS.uint8, Uint32Array.from(context.input("scales")));
+  context.put("blocked", toBlocked(Uint32Array.from(scales), rows, columns));
 }
 
 const perTensor = (context: GoldenContext, name: string) => ({ perTensorScale: context.floats(name)[0] as number });
@@ -204,19 +206,30 @@ async function codebookLearned(context: GoldenContext): Promise<void> {
   context.put("codes", elementCodes(tensor));
 }
 
-/** Tables per group of rows or columns: table[i / b0][j / b1][code]. */
+/** Tables per group of rows or columns, table[i / b0][j / b1][code]: each group is a tensor with a table of its own. */
 async function codebookGroups(context: GoldenContext): Promise<void> {
   const [n, k] = context.matrix("codes");
   const [rows, columns] = context.shape("codebook") as [number, number];
-  const entries = 2 ** (context.golden.args.nbits as number);
-  const [table, codes] = [context.floats("codebook"), context.input("codes")];
-  context.put(
-    "dequant",
-    Float32Array.from(codes, (code, i) => {
-      const group = Math.floor((Math.floor(i / k) * rows) / n) * columns + Math.floor(((i % k) * columns) / k);
-      return table[group * entries + code] as number;
-    }),
-  );
+  const bits = context.golden.args.nbits as number;
+  const [height, width] = [n / rows, k / columns];
+  const [tables, codes] = [context.floats("codebook"), context.input("codes")];
+  const format = defineFormat("codebook group", {
+    element: { kind: "lut", bits, entries: "learned", vector: [1, 1] },
+    rule: { kind: "cast" },
+    source: "golden",
+    use: "one group of a grouped codebook",
+  });
+  const out = new Float32Array(n * k);
+  for (let group = 0; group < rows * columns; group++) {
+    const [top, left] = [Math.floor(group / columns) * height, (group % columns) * width];
+    const at = (i: number) => (top + Math.floor(i / width)) * k + left + (i % width);
+    const part = Uint32Array.from({ length: height * width }, (_, i) => codes[at(i)] as number);
+    const table = tables.slice(group * 2 ** bits, (group + 1) * 2 ** bits);
+    const qdata = packRows(part, height, width, bits);
+    const tensor = { format, shape: [height, width], qdata, scales: [], table } as const;
+    for (const [i, value] of (await context.backend.dequantize(tensor, "f32")).entries()) out[at(i)] = value;
+  }
+  context.put("dequant", out);
 }
 
 async function gguf(context: GoldenContext): Promise<void> {
@@ -232,7 +245,7 @@ async function gguf(context: GoldenContext): Promise<void> {
 export const MICRO: Readonly<Record<string, GoldenHandler>> = {
   to_mx: { needs: ["quantize", "dequantize"], run: toMx },
   MXDynamicActivationMXWeightConfig: { needs: ["quantize", "linear"], run: mxLinear },
-  to_blocked: { needs: ["host"], run: blocked },
+  to_blocked: { needs: ["decode"], host: "the order of scales in another library's kernels", run: blocked },
   nvfp4_quantize: { needs: ["quantize", "dequantize"], run: nvfp4 },
   NVFP4Tensor: { needs: ["quantize"], run: nvfp4Swizzled },
   NVFP4DynamicActivationNVFP4WeightConfig: { needs: ["quantize", "dequantize", "linear"], run: nvfp4Linear },
@@ -240,6 +253,10 @@ export const MICRO: Readonly<Record<string, GoldenHandler>> = {
   to_nf4: { needs: ["quantize", "linear"], run: nf4 },
   "quantize_codebook/dequantize_codebook": { needs: ["quantize", "dequantize"], run: codebookGiven },
   CodebookWeightOnlyConfig: { needs: ["quantize"], run: codebookLearned },
-  "codebook_coreml.dequantize_codebook": { needs: ["host"], run: codebookGroups },
-  GGUFWeightOnlyConfig: { needs: ["host"], run: gguf },
+  "codebook_coreml.dequantize_codebook": { needs: ["dequantize"], run: codebookGroups },
+  GGUFWeightOnlyConfig: {
+    needs: [],
+    host: "the search for scales and minima of torchao's Q4_K",
+    run: gguf,
+  },
 };

@@ -1,17 +1,32 @@
 import type { FloatType } from "../core/dtype.js";
-import { FewbitError } from "../core/errors.js";
-import { type Codec, codecBits, codecName, defineFormat, type Format, formatKey } from "../formats/format.js";
+import {
+  blockGrid,
+  type Codec,
+  codecBits,
+  codecName,
+  defineFormat,
+  type Format,
+  type Rule,
+} from "../formats/format.js";
 import { packRows, unpackRows } from "../formats/pack.js";
 import type { QuantizedTensor } from "../formats/tensor.js";
 import { dense, type Graph, GraphBuilder, stored } from "../ir/graph.js";
 import type { DenseTensor, HostTensor } from "../ir/tensor.js";
-import type { QuantizeOptions } from "../quantize/quantize.js";
+import { type QuantizeOptions, quantizeTensor } from "../quantize/quantize.js";
 import type { Device } from "../runtime/device.js";
 import type { AttentionShape, GoldenBackend } from "./golden-case.js";
 
+/** Rules that look at a whole weight, in words. */
+const SEARCHING: Partial<Record<Rule["kind"], string>> = {
+  hqq: "HQQ searches for scales and zero points",
+  hqq_scale: "HQQ searches for scales",
+  sinq: "SINQ normalizes columns and rows in turn",
+  codebook: "its table is learned, or searched for the nearest entry",
+};
+
 /**
- * A device's own kernels as a golden backend: every primitive is a graph of one op. Formats whose rule the device has no kernel
- * for, and algorithms without a device part, are reported by name with the kernel table's reason.
+ * A device's own kernels as a golden backend: every primitive is a graph of one op. A format whose rule the device has no kernel
+ * for is reported by name with the kernel table's reason.
  */
 export function goldenDevice(device: Device): GoldenBackend {
   const run = async (graph: Graph, inputs: Record<string, HostTensor>, weights: Record<string, HostTensor> = {}) => {
@@ -33,9 +48,28 @@ export function goldenDevice(device: Device): GoldenBackend {
       dequantize,
       linear,
       sdpa,
+      store,
     },
-    lacks: { host: "the algorithm has no device part: it runs on the host for every backend" },
+    quantizesOnHost,
   };
+
+  /** Formats for weights, whose rules search or learn, are quantized once, on the host, whatever the device. */
+  function quantizesOnHost(format: Format, { given }: QuantizeOptions): string | null {
+    const rule = SEARCHING[format.rule.kind];
+    if (rule !== undefined) return `quantizing to ${format.name}: ${rule}`;
+    return format.rule.kind === "nf4" && format.scales.some(({ codec }) => codecBits(codec) < 32) && given === undefined
+      ? `quantizing to ${format.name} with 16-bit scales, which are themselves quantized (specification 15)`
+      : null;
+  }
+
+  async function store(tensor: QuantizedTensor): Promise<QuantizedTensor> {
+    const g = new GraphBuilder();
+    const state = g.state("s", stored(tensor.format, tensor.shape));
+    g.output("y", g.one("dequantize", [state], {}));
+    using program = await device.compile(g.build(), { weights: new Map() });
+    program.executable.write("s", tensor);
+    return (await program.executable.read("s")) as QuantizedTensor;
+  }
 
   async function quantize(
     data: Float32Array,
@@ -44,15 +78,19 @@ export function goldenDevice(device: Device): GoldenBackend {
     format: Format,
     options: QuantizeOptions,
   ): Promise<QuantizedTensor> {
+    if (quantizesOnHost(format, options) !== null) return store(quantizeTensor(data, shape, dtype, format, options));
     const { given, ...rule } = options;
-    if (given !== undefined) {
-      const reason = "the device's kernel chooses scales itself: it takes none that are given";
-      throw new FewbitError("quantize/unsupported", { config: formatKey(format), reason });
-    }
     const g = new GraphBuilder();
-    const x = g.input("x", dense("f32", shape));
-    g.output("y", g.one("quantize", [x], { format, dtype, ...rule }));
-    return (await run(g.build(), { x: { dtype: "f32", shape, data } })) as QuantizedTensor;
+    const inputs: Record<string, HostTensor> = { x: { dtype: "f32", shape, data } };
+    const blocks = blockGrid(
+      (format.scales[0] as Format["scales"][number] | undefined)?.block ?? ["all", "all"],
+      shape,
+    );
+    for (const [name, values] of Object.entries(given ?? {}))
+      inputs[name] = { dtype: "f32", shape: blocks, data: values };
+    const operands = Object.entries(inputs).map(([name, tensor]) => g.input(name, dense("f32", tensor.shape)));
+    g.output("y", g.one("quantize", operands, { format, dtype, ...rule }));
+    return (await run(g.build(), inputs)) as QuantizedTensor;
   }
 
   async function dequantize(tensor: QuantizedTensor, dtype: FloatType): Promise<Float32Array> {

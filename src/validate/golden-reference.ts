@@ -15,7 +15,7 @@ export const REFERENCE_GOLDEN: GoldenBackend = {
     dequantize: dequantizeTo,
     linear,
     sdpa,
-    host: true,
+    store: (tensor) => tensor,
   },
 };
 

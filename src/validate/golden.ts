@@ -34,6 +34,10 @@ export interface GoldenResult {
   readonly status: "passed" | "failed" | "unsupported";
   /** Why a case failed or cannot run; null when it passed. */
   readonly reason: string | null;
+  /** What of the case ran on the host, and why: a handler's own preparation, formats that the backend quantizes there. */
+  readonly host: readonly string[];
+  /** How often the case asked the backend for something. */
+  readonly calls: number;
   readonly checks: readonly Check[];
 }
 
@@ -61,6 +65,8 @@ export async function* runGolden(options: GoldenOptions): AsyncGenerator<GoldenR
 }
 
 async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions): Promise<GoldenResult> {
+  const onHost = new Set<string>();
+  let calls = 0;
   const result = (
     status: GoldenResult["status"],
     reason: string | null,
@@ -70,6 +76,8 @@ async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions)
     config: golden.config,
     status,
     reason,
+    host: [...onHost],
+    calls,
     checks,
   });
   const handler = GOLDEN_HANDLERS[golden.config];
@@ -87,7 +95,12 @@ async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions)
     const openFile = async (name: string) => readGoldenFile(await readFile(name), name);
     const file = await openFile(golden.file);
     const results: [name: string, values: ArrayLike<number>][] = [];
-    await handler.run(contextOf(golden, file, backend.primitives as GoldenPrimitives, results, openFile));
+    const primitives = observed(backend, (reason) => {
+      calls++;
+      if (reason !== null) onHost.add(reason);
+    });
+    if (handler.host !== undefined) onHost.add(handler.host);
+    await handler.run(contextOf(golden, file, primitives, results, openFile));
     const checks = checkAll(golden, file, results);
     const failed = checks.filter((check) => check.mismatch !== null);
     if (failed.length === 0) return result("passed", null, checks);
@@ -99,6 +112,19 @@ async function runCase(golden: GoldenCase, { readFile, backend }: GoldenOptions)
     if (error instanceof FewbitError && error.code === "operation/aborted") throw error;
     return result("failed", error instanceof Error ? error.message : String(error));
   }
+}
+
+/** A backend's primitives that tell of every call, and of quantization that the backend leaves to the host. */
+function observed(backend: GoldenBackend, tell: (host: string | null) => void): GoldenPrimitives {
+  const entries = Object.entries(backend.primitives).map(([name, call]) => [
+    name,
+    (...args: unknown[]) => {
+      const quantizing = name === "quantize" ? (args as Parameters<GoldenPrimitives["quantize"]>) : null;
+      tell(quantizing === null ? null : (backend.quantizesOnHost?.(quantizing[3], quantizing[4]) ?? null));
+      return (call as (...args: unknown[]) => unknown)(...args);
+    },
+  ]);
+  return Object.fromEntries(entries) as GoldenPrimitives;
 }
 
 function checkAll(

@@ -3,7 +3,15 @@ import { quantizeKernel, quantizeObstacle } from "../../src/backends/webgpu/kern
 import type { RuleOptions } from "../../src/backends/webgpu/wgsl/rules.js";
 import { type FloatType, f32FromBits } from "../../src/core/dtype.js";
 import { FewbitError } from "../../src/core/errors.js";
-import { type Block, type Format, formatKey, type Rule, withRule, withScale } from "../../src/formats/format.js";
+import {
+  type Block,
+  blockGrid,
+  type Format,
+  formatKey,
+  type Rule,
+  withRule,
+  withScale,
+} from "../../src/formats/format.js";
 import { CODECS, FORMATS, VARIANTS } from "../../src/formats/table.js";
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { adversarialRows, stack } from "../support/adversarial.js";
@@ -77,6 +85,9 @@ describe("rules that no row of the table has", () => {
     block(FORMATS.int5_asymmetric, 1, 16),
     block(FORMATS.int3, 1, 8),
     block(FORMATS.fp5_e2m2, 3, "all"),
+    // Scales that have no reciprocal in their type.
+    withScale(int4, { codec: CODECS.f16 }),
+    withScale(FORMATS.uint5, { codec: CODECS.f16 }),
   ];
   describe.each(named(formats))("%s", (_, format) => {
     test("from f32", () => expectEqual(format, "f32"));
@@ -97,6 +108,46 @@ describe("rules that no row of the table has", () => {
     }
   });
   test("nvfp4 with the per-tensor scale of a calibration", () => expectEqual(nvfp4, "f32", { perTensorScale: 0.0021 }));
+});
+
+describe("scales and zero points that are given", () => {
+  const { int8, int8_asymmetric, float8_e4m3, uint4, int4_tinygemm, int5_asymmetric } = FORMATS;
+  const formats = [
+    withScale(int8, { block: ["all", "all"] }),
+    int8,
+    int8_asymmetric,
+    withScale(float8_e4m3, { block: ["all", "all"] }),
+    withScale(float8_e4m3, { block: [3, 64] }),
+    uint4,
+    int4_tinygemm,
+    withScale(int5_asymmetric, { block: [1, 16], codec: CODECS.f16 }),
+  ];
+  // Ordinary ones, ones that no reciprocal or type of scales holds, and zero points beyond the range of their codec.
+  const SCALES = [0.013, 1, 3.5e-5, 2 ** -149, 1e-30, 6e-8, 3e38, 700];
+  const ZEROS = [0, 3, -2, 7, 127.4, 1e9, -300, 0.5];
+  describe.each(named(formats))("%s", (_, format) => {
+    test.each(["guarded", "torchao"] as const)("%s", async (numerics) => {
+      const data = stack(Object.values(adversarialRows(format.element, K, "f32", 1)));
+      const shape = [data.length / K, K] as const;
+      const [rows, columns] = blockGrid((format.scales[0] as Format["scales"][number]).block, shape);
+      for (let offset = 0; offset < (rows * columns === 1 ? SCALES.length : 1); offset++) {
+        const list = (from: readonly number[]) =>
+          Float32Array.from({ length: rows * columns }, (_, i) => from[(i + offset) % from.length] as number);
+        const zero = format.zero.domain === "none" ? {} : { zero: list(ZEROS) };
+        const given = { scale: list(SCALES), ...zero };
+        const expected = quantizeTensor(data, shape, "f32", format, { numerics, given });
+        expect(
+          differences(await quantizeOnGpu(gpu, format, data, shape, { numerics }, shape[0], given), expected),
+        ).toEqual([]);
+      }
+    });
+  });
+
+  test("rules that do not take them say so", () => {
+    expect(quantizeObstacle(FORMATS.mxfp4, true)).toBe(
+      "rule mx chooses its scales itself: it takes none that are given",
+    );
+  });
 });
 
 describe("shapes", () => {

@@ -17,7 +17,7 @@ describe.each(["reference", "webgpu"] as const)("golden attention cases on the s
   afterAll(async () => device[Symbol.asyncDispose]());
 
   test("all 24 pass", async () => {
-    const primitives = { ...goldenDevice(device).primitives, host: true } as const;
+    const { primitives } = goldenDevice(device);
     const failed: string[] = [];
     let count = 0;
     for await (const result of runGolden({

@@ -59,14 +59,14 @@ describe("the harness", () => {
   });
 
   test("what a backend lacks is unsupported, with the reason", async () => {
-    const { linear: _linear, host: _host, ...rest } = primitives;
+    const { linear: _linear, store: _store, ...rest } = primitives;
     const backend: GoldenBackend = { name: "partial", primitives: rest, lacks: { linear: "no kernel yet" } };
     const results = await run(backend, () => true);
     expect(results).toHaveLength(319);
     expect(results.filter(({ status }) => status === "failed")).toEqual([]);
     const reasons = new Map(results.map((result) => [result.case, result.reason]));
     expect(reasons.get("int8_wo_odd")).toBe("no kernel yet");
-    expect(reasons.get("optim_qmaps")).toBe("partial has no host");
+    expect(reasons.get("gptq_int8")).toBe("partial has no store");
     expect(reasons.get("formats_decode")).toBeNull();
   });
 

@@ -20,6 +20,7 @@ function runKernel(
   rows: number,
   x: Uint32Array,
   outWords: number,
+  given: Readonly<Record<string, Uint32Array>> = {},
 ): Promise<Uint32Array> {
   const dispatches = kernel.passes.map((pass) => ({
     wgsl: pass.wgsl,
@@ -28,7 +29,7 @@ function runKernel(
   }));
   // Memory that was used before: nothing may rely on zeros.
   const dirty = (words: number) => new Uint32Array(words).fill(0xdeadbeef);
-  return gpu.run(dispatches, { x, out: dirty(outWords), scratch: dirty(kernel.scratchWords) }, "out", [rows]);
+  return gpu.run(dispatches, { x, ...given, out: dirty(outWords), scratch: dirty(kernel.scratchWords) }, "out", [rows]);
 }
 
 /** Quantizes on the device, in storage for `capacity` rows. */
@@ -39,8 +40,15 @@ export async function quantizeOnGpu(
   [rows, k]: Shape,
   options: QuantizeKernelOptions = {},
   capacity = rows,
+  parameters: { readonly scale?: Float32Array; readonly zero?: Float32Array } = {},
 ): Promise<QuantizedTensor> {
-  const kernel = quantizeKernel(format, k, capacity, options);
+  const given = Object.fromEntries(
+    Object.entries(parameters).map(([name, values]) => [`given_${name}`, new Uint32Array(values.slice().buffer)]),
+  );
+  const kernel = quantizeKernel(format, k, capacity, {
+    ...options,
+    given: Object.keys(given) as NonNullable<QuantizeKernelOptions["given"]>,
+  });
   const layout = storedLayout(format, [capacity, k]);
   const words = await runKernel(
     gpu,
@@ -48,6 +56,7 @@ export async function quantizeOnGpu(
     rows,
     new Uint32Array(data.buffer, data.byteOffset, data.length),
     layout.words,
+    given,
   );
   return tensorFromWords(layout, words, rows);
 }

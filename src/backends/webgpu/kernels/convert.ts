@@ -9,7 +9,14 @@ export const CONVERT_KERNELS: readonly WebGpuKernel[] = [
   {
     id: "webgpu/quantize",
     kind: "quantize",
-    requires: [{ unmet: (bound) => quantizeObstacle(nodeOf<"quantize">(bound).attrs.format) }],
+    requires: [
+      {
+        unmet: (bound) => {
+          const { attrs, inputs } = nodeOf<"quantize">(bound);
+          return quantizeObstacle(attrs.format, inputs.length > 1);
+        },
+      },
+    ],
     efficiency: { bandwidth: 0.3, compute: 0.1 },
     scratch: (bound) => quantizeText(bound, bound.graph.symbols, {}).scratchWords * 4,
     build: (context) => {
@@ -49,7 +56,7 @@ function quantizeText(
   capacity: Readonly<Record<string, number>>,
   options: Parameters<typeof quantizeKernel>[3],
 ): KernelText {
-  const { attrs, outputs } = nodeOf<"quantize">(bound);
+  const { attrs, inputs, outputs } = nodeOf<"quantize">(bound);
   const shape = bound
     .type(outputs[0] as ValueId)
     .shape.map((dim) => (typeof dim === "number" ? dim : (capacity[dim] as number)));
@@ -59,15 +66,22 @@ function quantizeText(
     format,
     k,
     shape.slice(0, -1).reduce((a, b) => a * b, 1),
-    { ...rule, ...options },
+    { ...rule, ...options, given: (["given_scale", "given_zero"] as const).slice(0, inputs.length - 1) },
   );
 }
 
 function passes(context: BuildContext, text: KernelText): Dispatch[] {
   const node = context.bound.step.nodes[0] as Node<"quantize" | "dequantize">;
   const [x, out] = [node.inputs[0] as ValueId, node.outputs[0] as ValueId];
+  const given = (i: number) => read(value(context.placement(node.inputs[i] as ValueId).root));
   const bind = {
     x: read(value(context.placement(x).root)),
+    get given_scale() {
+      return given(1);
+    },
+    get given_zero() {
+      return given(2);
+    },
     out: write(value(out)),
     scratch: write({ kind: "scratch" }),
   };

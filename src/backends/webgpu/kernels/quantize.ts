@@ -21,6 +21,8 @@ import { scalerPasses } from "./scalers.js";
 export type { KernelPass, KernelText, PassBinding } from "./reduce.js";
 
 export interface QuantizeKernelOptions extends RuleOptions {
+  /** Parameters of blocks that are read from bindings of these names, float32 [blocks], instead of chosen. */
+  readonly given?: Job["given"];
   /** The rows of this run, a WGSL expression of type u32; `params` is `struct Params { v: array<vec4<u32>, 4> }`. */
   readonly rowsExpression?: string;
   /** Where x lies in the rows of a wider matrix: floats from row to row, and the first column. Default k and 0. */
@@ -28,10 +30,10 @@ export interface QuantizeKernelOptions extends RuleOptions {
 }
 
 /** Why no kernel here quantizes to a format, or null. */
-export function quantizeObstacle(format: Format): string | null {
+export function quantizeObstacle(format: Format, given = false): string | null {
   const { rule } = format;
   const [first, second, ...more] = format.scales;
-  const obstacle = ruleObstacle(format);
+  const obstacle = ruleObstacle(format, given);
   if (obstacle !== null) return obstacle;
   if (first === undefined) return rule.kind === "cast" ? null : `rule ${rule.kind} needs a scale`;
   if (second === undefined) return null;
@@ -52,14 +54,16 @@ export function quantizeKernel(
   capacityRows: number,
   options: QuantizeKernelOptions = {},
 ): KernelText {
-  const reason = quantizeObstacle(format);
+  const { given = [] } = options;
+  const reason = quantizeObstacle(format, given.length > 0);
   if (reason !== null) throw new FewbitError("quantize/unsupported", { config: formatKey(format), reason });
   requireBlocks(format, [capacityRows, k]);
   const block = format.scales[0]?.block ?? ([1, "all"] as const);
   const width = Math.max(extentOf(block[1], k), 1);
   const job: Job = {
     layout: storedLayout(format, [capacityRows, k]),
-    rule: ruleText(format, options),
+    rule: ruleText(format, options, given.length > 0),
+    given,
     rows: `(${options.rowsExpression ?? "params.v[0].x"})`,
     x: options.x ?? { stride: k, column: 0 },
     bits: codecBits(format.element),
@@ -75,7 +79,9 @@ export function quantizeKernel(
   return {
     passes: [
       ...outer,
-      ...(fused ? [fusedPass(job)] : [extremesPass(job), choosePass(job), encodePass(job)]),
+      ...(fused
+        ? [fusedPass(job)]
+        : [...(given.length > 0 ? [] : [extremesPass(job)]), choosePass(job), encodePass(job)]),
       ...scalerPasses(job, blockTotal(job), (rows) => blockCount(job, rows)),
     ],
     scratchWords: Math.max(extremes + (fused ? 0 : 2 * blockCount(job, capacityRows)), job.rule.scalers ? 4 : 0),
@@ -125,8 +131,17 @@ function rowRuns(job: Job) {
     lanes,
     total: `${job.rows} * ${job.columns}u`,
     count: (rows: number) => rows * job.columns,
-    load: loadX(`block / ${job.columns}u`, start, job.width, lanes, job.rule.outer?.prepares === true),
+    load:
+      job.given.length > 0
+        ? ""
+        : loadX(`block / ${job.columns}u`, start, job.width, lanes, job.rule.outer?.prepares === true),
   };
+}
+
+/** The first two arguments of `choose` for run `block`. */
+function chooseFrom({ given }: Job): string {
+  if (given.length === 0) return "lo, hi";
+  return `given_scale[block], ${given.includes("given_zero") ? "given_zero[block]" : "0u"}`;
 }
 
 /** Blocks whose codes of scales and zero points fill whole words. */
@@ -146,12 +161,12 @@ function fusedPass(job: Job): KernelPass {
   const padding = layout.rowStride - columns * words;
   return reduction(job, {
     ...runs,
-    bindings: ["params", "x", "out"],
+    bindings: ["params", "x", ...job.given, "out"],
     chunk,
     functions: `var<workgroup> chosen: array<Chosen, ${chunk}>;
 fn parameters(row: u32, column: u32, slot: u32) -> vec2<u32> { return vec2<u32>(chosen[slot].a, chosen[slot].b); }
 ${wordFunction(job)}`,
-    finish: `chosen[slot] = choose(lo, hi, outer_at(block / ${columns}u));`,
+    finish: `chosen[slot] = choose(${chooseFrom(job)}, outer_at(block / ${columns}u));`,
     after: `${storeScales(job, chunk)}
   for (var i = thread; i < ${chunk * words}u && first + i / ${words}u < total; i += ${THREADS}u) {
     let slot = i / ${words}u;
@@ -236,14 +251,14 @@ function choosePass(job: Job): KernelPass {
   const top = height === null ? "0u" : `(block / ${columns}u * ${height}u)`;
   const tall = height === null ? rows : `min(${height}u, ${rows} - ${top})`;
   return reduction(job, {
-    bindings: ["params", "out", "scratch"],
+    bindings: ["params", ...job.given, "out", "scratch"],
     lanes,
     chunk,
     functions: `var<workgroup> chosen: array<Chosen, ${chunk}>;`,
     total: blockTotal(job),
     count: (n) => blockCount(job, n),
-    load: loadScratch(tall, `(${top} + i) * ${columns}u + block % ${columns}u`, lanes),
-    finish: `chosen[slot] = choose(lo, hi, outer_at(${top}));
+    load: job.given.length > 0 ? "" : loadScratch(tall, `(${top} + i) * ${columns}u + block % ${columns}u`, lanes),
+    finish: `chosen[slot] = choose(${chooseFrom(job)}, outer_at(${top}));
       scratch[${parametersAt(job)}u + 2u * block] = chosen[slot].a;
       scratch[${parametersAt(job)}u + 2u * block + 1u] = chosen[slot].b;`,
     after: storeScales(job, chunk),

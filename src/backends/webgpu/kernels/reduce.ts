@@ -4,7 +4,9 @@ import { EXACT } from "../wgsl/exact.js";
 import type { RuleText } from "../wgsl/rules.js";
 
 /** What a generated pass binds: binding i is `bindings[i]`. `params` is the uniform block, the others are words. */
-export type PassBinding = "params" | "x" | "out" | "scratch";
+export type PassBinding = "params" | "x" | "given_scale" | "given_zero" | "out" | "scratch";
+
+const READ_ONLY: readonly PassBinding[] = ["x", "given_scale", "given_zero"];
 
 /** One dispatch of a generated kernel. `workgroups` maps the actual number of rows to a grid. */
 export interface KernelPass {
@@ -26,6 +28,8 @@ export interface Job {
   readonly rule: RuleText;
   readonly rows: string;
   readonly x: { readonly stride: number; readonly column: number };
+  /** Which of a block's parameters are given. */
+  readonly given: readonly ("given_scale" | "given_zero")[];
   /** Bits of an element code. */
   readonly bits: number;
   /** Elements of a block along k, blocks along k, and rows of a block (null is all). */
@@ -105,7 +109,7 @@ export function head({ rule, x, layout }: Job, bindings: readonly PassBinding[])
   const { outer } = rule;
   const declarations = bindings.map((name, i) => {
     if (name === "params") return `@group(0) @binding(${i}) var<uniform> params: Params;`;
-    return `@group(0) @binding(${i}) var<storage, ${name === "x" ? "read" : "read_write"}> ${name}: array<u32>;`;
+    return `@group(0) @binding(${i}) var<storage, ${READ_ONLY.includes(name) ? "read" : "read_write"}> ${name}: array<u32>;`;
   });
   const outerValue = (): string => {
     if (outer === undefined || !bindings.includes("out")) return "0u";

@@ -10,7 +10,8 @@ import { decodeFunction, encodeFunction, orderKey, u } from "./codec.js";
  * the same bit for bit. A rule is text that declares
  *   `fn choose(lo: u32, hi: u32, outer: u32) -> Chosen`  codes of scale and zero point of a block and what `code_of` needs;
  *   `fn code_of(x: u32, a: u32, b: u32) -> u32`          the element code of a value;
- * where `lo` and `hi` are a block's extremes (both NaN if it holds one) and `outer` is the value of its second-level scale.
+ * where `lo` and `hi` are a block's extremes (both NaN if it holds one), or the scale and the zero point that are given for it,
+ * and `outer` is the value of its second-level scale.
  */
 export interface RuleText {
   readonly functions: string;
@@ -38,6 +39,7 @@ export interface RuleOptions {
 }
 
 interface Context {
+  readonly given: boolean;
   readonly format: Format;
   readonly dtype: FloatType;
   readonly guarded: boolean;
@@ -66,9 +68,14 @@ const ON_HOST: Readonly<Record<HostKind, string>> = {
   codebook: "it learns a table",
 };
 
+/** Rules whose WGSL takes scales that are given. */
+const TAKES_GIVEN: readonly Rule["kind"][] = ["affine", "amax"];
+
 /** Why a format's rule has no WGSL, or null. */
-export function ruleObstacle(format: Format): string | null {
+export function ruleObstacle(format: Format, given = false): string | null {
   const { element, rule, zero } = format;
+  if (given && rule.kind in GENERATORS && !TAKES_GIVEN.includes(rule.kind))
+    return `rule ${rule.kind} chooses its scales itself: it takes none that are given`;
   if (!(rule.kind in GENERATORS)) return `rule ${rule.kind} runs on the host: ${ON_HOST[rule.kind as HostKind]}`;
   if (rule.kind === "nf4" && !isSortedTable(format))
     return "rule nf4 needs a sorted table of numbers and float32 scales";
@@ -80,14 +87,15 @@ export function ruleObstacle(format: Format): string | null {
   return Math.max(-rule.min, rule.max) > 256 ? "its codes exceed 256" : null;
 }
 
-/** The functions of a format's rule; `ruleObstacle` must be null. They need `EXACT`. */
-export function ruleText(format: Format, options: RuleOptions): RuleText {
+/** The functions of a format's rule, for scales that it chooses or that are given; `ruleObstacle` must be null. They need `EXACT`. */
+export function ruleText(format: Format, options: RuleOptions, given = false): RuleText {
   const generate = GENERATORS[format.rule.kind as DeviceKind] as (context: Context, rule: Rule) => RuleText;
   const context: Context = {
     format,
     dtype: options.dtype ?? "f32",
     guarded: options.numerics !== "torchao",
     perTensorScale: options.perTensorScale,
+    given,
   };
   const text = generate(context, format.rule);
   return { ...text, functions: `${COMMON}${encodeFunction(format.element, "element")}${text.functions}` };
@@ -136,7 +144,7 @@ fn code_of(x: u32, a: u32, b: u32) -> u32 { return element_bits(x); }
   };
 }
 
-function affine({ format, dtype, guarded }: Context, rule: RuleOf<"affine">): RuleText {
+function affine({ format, dtype, guarded, given }: Context, rule: RuleOf<"affine">): RuleText {
   const { min, max } = rule;
   const { element, zero } = format;
   const level = firstScale(format);
@@ -155,6 +163,11 @@ function affine({ format, dtype, guarded }: Context, rule: RuleOf<"affine">): Ru
     return `steepest(${rnd(`exact_div(least, ${f(min)})`)}, ${rnd(`exact_div(greatest, ${f(max)})`)})`;
   };
   const inverse = rounded(storedIn, `exact_div(${f(1)}, stored)`);
+  // A scale that float16 holds as (nearly) zero has no reciprocal there: 0 * infinity would be the code of zero.
+  const tooSmall =
+    guarded && (given || storedIn === "f16")
+      ? `if (${rounded(storedIn, `exact_div(${f(1)}, ${rounded(storedIn, "scale")})`)} == 0x7f800000u) { scale = ${f(SMALLEST_NORMAL[storedIn])}; }`
+      : "";
   const steps = wide("exact_mul(x, a)");
   let parameters = `let zero = 0u;
   return Chosen(code, zero, ${inverse}, 0u);`;
@@ -167,13 +180,15 @@ function affine({ format, dtype, guarded }: Context, rule: RuleOf<"affine">): Ru
       rule.mapping === "asymmetric"
         ? `${min} - exact_to_int(${rnd("exact_div(least, scale)")})`
         : `${Math.trunc(middle)}`;
-    parameters = `let zero = clamp(clamp(${chosen}, ${min}, ${max}), ${least}, ${greatest});
+    const fitting = given ? "exact_to_int(hi)" : `clamp(${chosen}, ${min}, ${max})`;
+    parameters = `let zero = clamp(${fitting}, ${least}, ${greatest});
   return Chosen(code, bitcast<u32>(zero) & ${u(2 ** codecBits(zero.codec) - 1)}, ${inverse}, bitcast<u32>(zero));`;
     codes = `let steps = ${steps};
   let integer = exact_to_int(steps) + bitcast<i32>(b);`;
   }
   if (zero.domain === "float") {
-    parameters = `let zero = zero_code(${rnd(`exact_add(lo, ${rnd(`exact_mul(scale, ${f(middle)})`)})`)});
+    const chosen = given ? "hi" : rnd(`exact_add(lo, ${rnd(`exact_mul(scale, ${f(middle)})`)})`);
+    parameters = `let zero = zero_code(${chosen});
   return Chosen(code, zero, stored, ${wide(`exact_sub(zero_value(zero), ${wide(`exact_mul(stored, ${f(middle)})`)})`)});`;
     codes = `let steps = ${wide(`exact_div(${wide("exact_sub(x, b)")}, a)`)};
   let integer = exact_to_int(steps);`;
@@ -182,10 +197,15 @@ function affine({ format, dtype, guarded }: Context, rule: RuleOf<"affine">): Ru
     functions: `${coder(level, "scale")}${zero.domain === "float" ? coder(zero.codec, "zero") : ""}
 fn steepest(below: u32, above: u32) -> u32 { return select(above, below, exact_less(above, below)); }
 fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
-  let least = ${preserveZero ? "select(lo, 0u, exact_less(0u, lo))" : "lo"};
+  ${
+    given
+      ? "var scale = lo;"
+      : `let least = ${preserveZero ? "select(lo, 0u, exact_less(0u, lo))" : "lo"};
   let greatest = ${preserveZero ? "select(hi, 0u, exact_less(hi, 0u))" : "hi"};
   let chosen = ${scale()};
-  let scale = select(chosen, ${f(eps)}, exact_less(chosen, ${f(eps)}));
+  var scale = select(chosen, ${f(eps)}, exact_less(chosen, ${f(eps)}));`
+  }
+  ${tooSmall}
   let code = scale_code(scale);
   let stored = scale_value(code);
   ${parameters}
@@ -203,7 +223,7 @@ function intRange(codec: Codec): [number, number] {
   return [signed ? -(2 ** (codecBits(codec) - 1)) : 0, maxValue(codec)];
 }
 
-function amax({ format, dtype, guarded }: Context, rule: RuleOf<"amax">): RuleText {
+function amax({ format, dtype, guarded, given }: Context, rule: RuleOf<"amax">): RuleText {
   const before = rule.round === "before";
   const bound = (value: number) => f(before ? roundTo(dtype, value) : value);
   const top = maxValue(format.element);
@@ -211,11 +231,15 @@ function amax({ format, dtype, guarded }: Context, rule: RuleOf<"amax">): RuleTe
   return {
     functions: `${coder(firstScale(format), "scale")}${rule.power ? POWER : ""}
 fn choose(lo: u32, hi: u32, outer: u32) -> Chosen {
-  let largest = exact_clamp(larger(negative(lo), hi), ${bound(rule.floor)}, ${bound(rule.ceiling ?? Number.POSITIVE_INFINITY)});
+  ${
+    given
+      ? "let scale = lo;"
+      : `let largest = exact_clamp(larger(negative(lo), hi), ${bound(rule.floor)}, ${bound(rule.ceiling ?? Number.POSITIVE_INFINITY)});
   let quotient = exact_div(largest, ${f(top)});
   var scale = ${before ? rounded(dtype, "quotient") : "quotient"};
   ${rule.power ? "scale = nearest_power(scale);" : ""}
-  ${guarded ? `if (exact_less(scale, ${least})) { scale = larger(quotient, ${least}); }` : ""}
+  ${guarded ? `if (exact_less(scale, ${least})) { scale = larger(quotient, ${least}); }` : ""}`
+  }
   let code = scale_code(scale);
   return Chosen(code, 0u, ${before ? "scale_value(code)" : "scale"}, 0u);
 }
