@@ -14,14 +14,35 @@ export { type ErrorCode, type ErrorContext, FewbitError } from "./core/errors.js
 export { type Block, bitsPerElement, type Codec, type Format, formatKey, withScale } from "./formats/format.js";
 export { CODECS, FORMATS, type FormatName } from "./formats/table.js";
 export type { QuantizedTensor } from "./formats/tensor.js";
+export type { ChunkStore, DownloadProgress } from "./io/cache.js";
+export type { ModelFolder, ModelFolderOptions } from "./io/model-folder.js";
 export type { MemoryInput } from "./io/source.js";
 export type { Symbols } from "./ir/evaluate.js";
 export { type Dim, dense, type Graph, GraphBuilder, stored, type TensorType, type ValueId } from "./ir/graph.js";
 export type { BinaryFn, OpAttrs, OpName, UnaryFn } from "./ir/ops.js";
-export type { SampleSettings } from "./ir/sample.js";
+export type { LogitSettings, SampleSettings } from "./ir/sample.js";
 export type { DenseTensor, HostTensor } from "./ir/tensor.js";
 export { type AttentionMode, applyLowPrecisionAttention } from "./models/attention.js";
-export type { DecoderConfig } from "./models/config.js";
+export { type AutoquantOptions, type AutoquantPlan, autoquant, parseAutoquantPlan } from "./models/autoquant.js";
+export {
+  CALIBRATION_ALGORITHMS,
+  type CalibrateOptions,
+  type CalibrateProgress,
+  type CalibrationAlgorithm,
+  calibrate,
+} from "./models/calibrate.js";
+export type { CalibrationStore } from "./models/calibration-store.js";
+export { Chat, type ChatTemplateOptions, openChatTemplate } from "./models/chat.js";
+export type { DecoderConfig, ExpertConfig, LayerConfig, RopeConfig, RopeScaling } from "./models/config.js";
+export {
+  type EvaluateOptions,
+  evaluatePerplexity,
+  type Perplexity,
+  textWindows,
+  type Window,
+  type WindowLoss,
+  windowLoss,
+} from "./models/evaluate.js";
 export {
   type BlockCopy,
   copyBlocks,
@@ -32,6 +53,7 @@ export {
   kvFormat,
 } from "./models/kvcache.js";
 export {
+  type FinishReason,
   type GeneratedToken,
   type GenerateOptions,
   type GenerateStatistics,
@@ -41,6 +63,7 @@ export {
   Model,
 } from "./models/model.js";
 export { type Outline, type OutlineOptions, outlineModel } from "./models/outline.js";
+export { type SaveOptions, type SaveProgress, type SaveReport, saveQuantized } from "./models/save.js";
 export type { Bucket, Plan, PlanOptions } from "./plan/plan.js";
 export type { Explanation, Rejection } from "./plan/select.js";
 export {
@@ -71,7 +94,7 @@ export {
   type QuantizeConfig,
   uintxWeightOnly,
 } from "./quantize/configs.js";
-export { listQuantizeNames, parseQuantizeName } from "./quantize/names.js";
+export { ACCURACY_NAMES, listQuantizeNames, parseQuantizeName } from "./quantize/names.js";
 export {
   type BackendName,
   type CompileOptions,
@@ -89,4 +112,5 @@ export {
   quantize,
   quantizeModel,
 } from "./runtime/quantize.js";
+export { CHAT_TEMPLATES, type ChatMessage, type ChatTemplate } from "./text/chat.js";
 export type { Tokenizer } from "./text/tokenizer.js";

@@ -85,6 +85,13 @@ export interface Executable extends Disposable {
   write(name: string, tensor: HostTensor): void;
   /** Enqueues one run of every step with these symbol values. */
   submit(symbols: Readonly<Record<string, number>>): void;
+  /**
+   * For validation: `submit` in the way that repeated runs take, with grids laid out for the bucket's largest symbols. Absent where
+   * all runs are alike.
+   */
+  replay?(symbols: Readonly<Record<string, number>>): void;
+  /** Runs once and times it: seconds of each step, in order of the plan. Absent where nothing can be timed. */
+  profile?(symbols: Readonly<Record<string, number>>): Promise<number[]>;
   /** Reads an output or a state as the last submitted run leaves it. */
   read(name: string): Promise<HostTensor>;
   /** The shader of every dispatch of a run with these symbols; absent where there are no shaders. */

@@ -1,6 +1,8 @@
 import { readFile } from "node:fs/promises";
 import { basename } from "node:path";
 import type { Capabilities } from "../backends/backend.js";
+import { cudaCapabilities, H100 } from "../backends/native/capabilities.js";
+import { NATIVE_KERNELS } from "../backends/native/kernels/table.js";
 import { openTrace } from "../backends/trace/device.js";
 import { WEBGPU_KERNELS } from "../backends/webgpu/kernels/table.js";
 import { FewbitError } from "../core/errors.js";
@@ -39,13 +41,15 @@ export async function explainConfig(
   options: ConfigOptions,
 ): Promise<void> {
   const { memory, maxBinding } = options;
+  const cuda = options.backend === "cuda";
   const capabilities: Capabilities = {
-    ...IMAGINED,
+    ...(cuda ? cudaCapabilities(H100) : IMAGINED),
     ...(maxBinding === undefined ? {} : { maxBinding: maxBinding * 1e6 }),
     ...(memory === undefined ? {} : { memory: memory * 1e9 }),
   };
-  const name = "an imagined GPU, planned for and not opened";
-  await using device = new Device(openTrace({ name, kernels: WEBGPU_KERNELS, capabilities }));
+  const name = `an imagined ${cuda ? H100.name : "GPU"}, planned for and not opened`;
+  const kernels = cuda ? NATIVE_KERNELS : WEBGPU_KERNELS;
+  await using device = new Device(openTrace({ name, kernels, capabilities }));
   const { quantize, kv, attention, context, tokens } = options;
   const outline = outlineModel(await readConfig(file), {
     device,

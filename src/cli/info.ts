@@ -3,10 +3,13 @@ import type { Capabilities } from "../backends/backend.js";
 import { FewbitError } from "../core/errors.js";
 import { FORMATS } from "../formats/table.js";
 import { listQuantizeNames } from "../quantize/names.js";
+import { type BackendName, openBackend, whyAbsent } from "../runtime/device.js";
 import { backendOption, examples, openDevice } from "./options.js";
 import { bundledModel, PACKAGE, shortPath } from "./package.js";
 import { describeDevice, deviceRows } from "./report.js";
 import { type Cli, printJson, showBytes, table } from "./terminal.js";
+
+const GPU_BACKENDS: readonly BackendName[] = ["webgpu", "cuda"];
 
 export function infoCommand(cli: Cli): Command {
   return new Command("info")
@@ -35,25 +38,58 @@ async function info(cli: Cli, backend: string): Promise<void> {
     formats: Object.keys(FORMATS),
   };
   const device = await openDevice(backend, cli.signal).catch((error: unknown) => {
-    if (!(error instanceof FewbitError) || error.code !== "device/unavailable") throw error;
-    return error;
+    if (whyAbsent(error) === null) throw error;
+    return error as FewbitError;
   });
   if (device instanceof FewbitError) {
-    if (!cli.json) cli.out.write(text(cli, here, [["device", "none"]]));
+    if (!cli.json) cli.out.write(text(cli, here, [["device", "none"], ...otherRows(await others())]));
     throw device;
   }
   await using opened = device;
   const about = describeDevice(opened);
+  const also = await others(about.backend);
   const { capabilities } = opened;
   if (cli.json) {
     return printJson(cli.out, {
       ...here,
       device: about,
+      others: also,
       capabilities: { ...capabilities, features: [...capabilities.features] },
     });
   }
-  cli.out.write(text(cli, here, [...deviceRows(about), ...capabilityRows(about.backend, capabilities)]));
+  cli.out.write(
+    text(cli, here, [...deviceRows(about), ...otherRows(also), ...capabilityRows(about.backend, capabilities)]),
+  );
 }
+
+/** A GPU backend that was not opened: the device it would give, or null and the reason why there is none. */
+interface OtherBackend {
+  readonly backend: BackendName;
+  readonly device: string | null;
+  readonly reason: string;
+}
+
+/** The GPU backends but for the one in use. */
+async function others(used?: string): Promise<OtherBackend[]> {
+  const found: OtherBackend[] = [];
+  for (const backend of GPU_BACKENDS.filter((name) => name !== used)) {
+    try {
+      await using device = await openBackend(backend);
+      found.push({ backend, device: device.info.name, reason: device.info.reason });
+    } catch (error) {
+      const reason = whyAbsent(error);
+      if (reason === null) throw error;
+      found.push({ backend, device: null, reason });
+    }
+  }
+  return found;
+}
+
+const otherRows = (found: readonly OtherBackend[]): [string, string][] =>
+  found.map(({ backend, device, reason }) => [
+    backend,
+    device === null ? `none: ${reason}` : `${device}, with --backend ${backend}`,
+  ]);
 
 function text(
   cli: Cli,

@@ -1,11 +1,16 @@
 #!/usr/bin/env node
 import { Command, CommanderError } from "commander";
 import { FewbitError, nearestNames } from "../core/errors.js";
+import { autoquantCommand } from "./autoquant.js";
+import { calibrateCommand } from "./calibrate.js";
+import { chatCommand } from "./chat.js";
 import { diffCommand } from "./diff.js";
+import { evalCommand } from "./eval.js";
 import { explainCommand } from "./explain.js";
 import { infoCommand } from "./info.js";
 import { examples } from "./options.js";
 import { PACKAGE } from "./package.js";
+import { quantizeCommand } from "./quantize.js";
 import { runCommand } from "./run.js";
 import { attach, type Cli, EXIT, printError } from "./terminal.js";
 import { traceCommand } from "./trace.js";
@@ -21,7 +26,12 @@ function program(cli: Cli): Command {
     .description("Quantized neural-network inference on WebGPU.")
     .version(PACKAGE.version)
     .addCommand(runCommand(cli))
+    .addCommand(quantizeCommand(cli))
+    .addCommand(autoquantCommand(cli))
+    .addCommand(calibrateCommand(cli))
+    .addCommand(chatCommand(cli))
     .addCommand(infoCommand(cli))
+    .addCommand(evalCommand(cli))
     .addCommand(explainCommand(cli))
     .addCommand(validateCommand(cli))
     .addCommand(diffCommand(cli))

@@ -27,6 +27,16 @@ export function bundledModel(): string {
   return join(PACKAGE.folder, "models", BUNDLED_MODEL);
 }
 
+/** The held-out text that comes with it. */
+export function bundledText(): string {
+  return join(PACKAGE.folder, "models", "test.txt");
+}
+
+/** The text to calibrate it with: written by the model itself. */
+export function bundledCalibrationText(): string {
+  return join(PACKAGE.folder, "models", "calibration.txt");
+}
+
 /** A path as short as it can be said from here. */
 export function shortPath(path: string): string {
   const near = relative(process.cwd(), path);

@@ -1,49 +1,30 @@
 import { Command } from "commander";
 import { FewbitError } from "../core/errors.js";
-import { type GeneratedToken, type LoadProgress, loadModel, type Model } from "../models/model.js";
+import { type FinishReason, type GeneratedToken, type LoadProgress, loadModel, type Model } from "../models/model.js";
 import type { Device } from "../runtime/device.js";
-import { decimal, examples, integer, type ModelOptions, openDevice, withModel } from "./options.js";
+import { quantizeSelection } from "./autoquant.js";
+import { examples, type ModelOptions, openDevice, type SamplingOptions, withModel, withSampling } from "./options.js";
 import { bundledModel, shortPath } from "./package.js";
 import { describeDevice, describeModel, describeSpeed, deviceRows, modelRows, speedRows } from "./report.js";
+import { modelSource } from "./source.js";
 import { type Cli, printJson, progressLine, table } from "./terminal.js";
 
 const PROMPT = "The captain looked at the sea";
-const U32 = 2 ** 32 - 1;
 
-interface RunOptions extends ModelOptions {
+interface RunOptions extends ModelOptions, SamplingOptions {
   readonly prompt: string;
-  readonly maxTokens: number;
-  readonly temperature: number;
-  readonly topK: number;
-  readonly topP: number;
-  readonly seed: number;
 }
 
-/** Why a generation ended: `length` (--max-tokens or the context is full), `eos` (the model ended the text), `interrupted`. */
-type Finish = "length" | "eos" | "interrupted";
+/** Why a generation ended: `FinishReason`, or `interrupted` by Ctrl-C. */
+type Finish = FinishReason | "interrupted";
 
 export function runCommand(cli: Cli): Command {
-  return withModel(new Command("run"))
+  return withSampling(withModel(new Command("run")), { maxTokens: 64, temperature: 0 })
     .summary("generate text with a quantized model")
     .description(
       "Loads a model, quantizes its linear layers and generates text. The text goes to stdout as it comes, everything else to stderr.",
     )
     .option("-p, --prompt <text>", "the text to continue", PROMPT)
-    .option("-n, --max-tokens <n>", "tokens to generate at most", integer("--max-tokens", 0), 64)
-    .option(
-      "-t, --temperature <t>",
-      "0 takes the most likely token",
-      decimal("--temperature", (t) => t >= 0, "a number of at least 0"),
-      0,
-    )
-    .option("--top-k <k>", "draw from the k most likely tokens, 0: all", integer("--top-k", 0, U32), 0)
-    .option(
-      "--top-p <p>",
-      "draw from the likeliest tokens that hold this share",
-      decimal("--top-p", (p) => p > 0 && p <= 1, "a number above 0 and at most 1"),
-      1,
-    )
-    .option("--seed <s>", "equal seeds draw equal texts", integer("--seed", 0, U32), 0)
     .option("--json", "one JSON object on stdout, when all is done")
     .addHelpText(
       "after",
@@ -61,18 +42,18 @@ async function run(cli: Cli, folder: string | undefined, options: RunOptions): P
   await using device = await openDevice(options.backend, cli.signal);
   const path = folder ?? bundledModel();
   using model = await load(cli, device, path, options);
-  const { prompt, maxTokens, temperature, topK, topP, seed } = options;
+  const { prompt, maxTokens, temperature, topK, topP, minP, repetitionPenalty, stop, seed } = options;
+  const settings = { maxTokens, temperature, topK, topP, minP, repetitionPenalty, stop, seed };
   const tokens: GeneratedToken[] = [];
   let finish: Finish = "length";
   const { dim } = cli.out.color;
   if (!cli.json && cli.out.tty) cli.out.write(dim(prompt));
   try {
-    const settings = { maxTokens, temperature, topK, topP, seed, signal: cli.signal };
-    for await (const token of model.generate(prompt, settings)) {
+    for await (const token of model.generate(prompt, { ...settings, signal: cli.signal })) {
       tokens.push(token);
       if (!cli.json) cli.out.write(token.text);
     }
-    if (endsText(model, tokens.at(-1))) finish = "eos";
+    finish = model.statistics?.finish ?? "length";
   } catch (error) {
     const interrupted =
       error instanceof FewbitError && error.code === "operation/aborted" && cli.stopped() === "interrupted";
@@ -83,7 +64,6 @@ async function run(cli: Cli, folder: string | undefined, options: RunOptions): P
   const speed = model.statistics && describeSpeed(model.statistics);
   if (cli.json) {
     const text = tokens.map((token) => token.text).join("");
-    const settings = { maxTokens, temperature, topK, topP, seed };
     return printJson(cli.out, { command: "run", ...about, prompt, settings, text, finish, tokens, speed });
   }
   if (tokens.length > 0) cli.out.write("\n");
@@ -114,10 +94,12 @@ export async function load(
   try {
     return await loadModel(path, {
       device,
-      quantize: options.quantize,
+      quantize: await quantizeSelection(options.quantize),
+      keepQuantized: options.quantizeChosen !== true,
       kv: options.kv,
       attention: options.attention,
       signal: cli.signal,
+      source: modelSource(cli, options),
       ...(options.context === undefined ? {} : { context: options.context }),
       ...(options.prefillChunk === undefined ? {} : { prefillChunk: options.prefillChunk }),
       onProgress: loadProgress(line.show),
@@ -131,12 +113,9 @@ export async function load(
 function loadProgress(show: (text: string, must?: boolean) => void): (progress: LoadProgress) => void {
   let weight = "";
   return ({ stage, done, total, what }) => {
-    if (stage !== "upload") weight = what;
+    if (stage === "read") show(`downloading  ${Math.floor((100 * done) / Math.max(total, 1))} %  ${what}`);
+    else if (stage !== "upload") weight = what;
     else if (done >= total) show("building kernels", true);
     else show(`reading, quantizing and uploading  ${Math.floor((100 * done) / total)} %  ${weight}`);
   };
-}
-
-function endsText(model: Model, last: GeneratedToken | undefined): boolean {
-  return last !== undefined && [...model.config.eosIds, ...model.tokenizer.eosIds].includes(last.id);
 }

@@ -23,13 +23,17 @@ export interface Cli {
   /** Fires on Ctrl-C, and when nobody reads the output any more; `stopped` then says which. */
   readonly signal: AbortSignal;
   stopped(): "interrupted" | "closed" | null;
+  /** While a handler is set, Ctrl-C calls it and stops nothing. */
+  onInterrupt(handler: (() => void) | null): void;
 }
 
 /** A command line attached to this process. `restore` gives the process its signals back. */
 export function attach(json: boolean): Cli & { restore(): void } {
   const controller = new AbortController();
   let stopped: "interrupted" | "closed" | null = null;
+  let instead: (() => void) | null = null;
   const interrupt = () => {
+    if (instead !== null) return instead();
     // The second Ctrl-C does not wait for anything.
     if (stopped === "interrupted") process.exit(EXIT.interrupted);
     stopped ??= "interrupted";
@@ -49,6 +53,9 @@ export function attach(json: boolean): Cli & { restore(): void } {
     json,
     signal: controller.signal,
     stopped: () => stopped,
+    onInterrupt: (handler) => {
+      instead = handler;
+    },
     restore: () => void process.off("SIGINT", interrupt),
   };
 }

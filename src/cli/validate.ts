@@ -18,7 +18,7 @@ import { examples, integer } from "./options.js";
 import { PACKAGE } from "./package.js";
 import { type Cli, progressLine } from "./terminal.js";
 
-const BACKENDS: readonly BackendName[] = ["reference", "webgpu"];
+const BACKENDS: readonly BackendName[] = ["reference", "webgpu", "cuda"];
 
 interface ValidateArguments {
   readonly backend?: BackendName[];
@@ -71,6 +71,7 @@ export function validateCommand(cli: Cli): Command {
       examples(
         ["fewbit validate", "the quick table on the reference and on WebGPU"],
         ["fewbit validate --full --backend webgpu --report out.html", "everything, with a page to read"],
+        ["fewbit validate --backend cuda --backend webgpu", "both on one card, side by side"],
         ["fewbit validate --ops linear --formats int8,mxfp4", "two formats of one op"],
         ["fewbit validate --golden test/golden/data", "vectors recorded from torchao"],
       ),

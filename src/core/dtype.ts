@@ -111,12 +111,12 @@ export function roundTo(dtype: FloatType, value: number): number {
   return dtype === "bf16" ? bf16BitsToF32(f32ToBf16Bits(single)) : f16BitsToF32(f32ToF16Bits(single));
 }
 
-/** Widens any dtype to float32 (integers exactly up to 2^24). */
-export function toFloat32(dtype: DType, data: TypedArray): Float32Array {
+/** Widens any dtype to float32 (integers exactly up to 2^24). The result is in `into`, where that is large enough. */
+export function toFloat32(dtype: DType, data: TypedArray, into?: Float32Array): Float32Array {
   if (dtype === "f32") return data as Float32Array;
-  const out = new Float32Array(data.length);
+  const out = into && into.length >= data.length ? into.subarray(0, data.length) : new Float32Array(data.length);
   if (dtype === "bf16") {
-    const bits = new Uint32Array(out.buffer);
+    const bits = new Uint32Array(out.buffer, out.byteOffset, out.length);
     for (let i = 0; i < bits.length; i++) bits[i] = (data[i] as number) << 16;
   } else if (dtype === "f16") {
     for (let i = 0; i < out.length; i++) out[i] = f16BitsToF32(data[i] as number);

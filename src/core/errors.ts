@@ -28,6 +28,8 @@ const MESSAGES = {
   "device/lost": (c: { reason: string }) => `the device was lost: ${c.reason}`,
   "device/error": (c: { operation: string; reason: string }) =>
     `the device reported an error in ${c.operation}: ${c.reason}`,
+  "build/addon-mismatch": (c: { entries: readonly string[] }) =>
+    `the native addon does not fit this version: ${c.entries.join(", ")}`,
   "shader/compile": (c: { kernel: string; messages: string }) => `WGSL of ${c.kernel} does not compile:\n${c.messages}`,
   "io/not-found": (c: { path: string; reason: string }) => `cannot read ${c.path}: ${c.reason}`,
   "io/failed": (c: { path: string; reason: string }) => `${c.path}: ${c.reason}`,

@@ -38,7 +38,7 @@ export function signExtend(codes: ArrayLike<number>, bits: number): Int32Array {
 }
 
 /** The [columns, rows] transpose of a row-major matrix. */
-export function transpose<T extends Float32Array | Int32Array | Uint32Array | Uint8Array>(
+export function transpose<T extends Float32Array | Int32Array | Uint32Array | Uint16Array | Uint8Array | Int8Array>(
   data: T,
   rows: number,
   columns: number,
@@ -100,7 +100,7 @@ export function padMatrix(
 }
 
 /** The corner [n, k] of a matrix with rows of `fromK`. */
-export function cropMatrix<T extends Float32Array | Int32Array | Uint32Array | Uint8Array>(
+export function cropMatrix<T extends Float32Array | Int32Array | Uint32Array | Uint16Array | Uint8Array | Int8Array>(
   data: T,
   [n, k]: readonly [number, number],
   fromK: number,

@@ -1,26 +1,16 @@
-import { viewAs } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
-import { assembleTensor } from "./assemble.js";
-import { type Block, type Format, withScale } from "./format.js";
-import { cropMatrix, fromBlocked, transpose, unpackNibbles, unpackTiles4d } from "./layouts.js";
+import { roundUp } from "../core/shape.js";
+import { type Block, blockGrid, type Codec, type Format, type Rule, withRule, withScale } from "./format.js";
+import { cropMatrix, fromBlocked, transpose, unpackTiles4d } from "./layouts.js";
+import {
+  type BlockCodes,
+  type Codes,
+  codesOf,
+  type StoredMatrix,
+  type StoredPart,
+  scaleCodec,
+} from "./stored-matrix.js";
 import { CODECS, FORMATS, type FormatName, VARIANTS } from "./table.js";
-import type { QuantizedTensor } from "./tensor.js";
-
-/** One stored part of a torchao parameter, little-endian. */
-export interface TorchaoPart {
-  readonly dtype: string;
-  readonly shape: readonly number[];
-  readonly bytes: Uint8Array;
-}
-
-/** A quantized parameter of a checkpoint written by torchao (specification 25). */
-export interface TorchaoWeight {
-  readonly tensor: QuantizedTensor;
-  /** The format that the activation is dynamically quantized to; null for weight-only tensors. */
-  readonly activation: Format | null;
-  /** Multiplies the activation before anything else (SmoothQuant, AWQ). */
-  readonly preScale?: TorchaoPart;
-}
 
 /** The name under which a part of parameter `M.w` is stored: `M._w_part`. */
 export function torchaoPartName(parameter: string, part: string): string {
@@ -29,53 +19,38 @@ export function torchaoPartName(parameter: string, part: string): string {
 }
 
 type Attributes = Readonly<Record<string, unknown>>;
+type Shape = readonly [n: number, k: number];
 
 /** A stored parameter at hand: its name (for messages), class, attributes and parts. */
 class Stored {
   readonly name: string;
   readonly className: string;
   readonly attributes: Attributes;
-  readonly parts: ReadonlyMap<string, TorchaoPart>;
+  readonly parts: ReadonlyMap<string, StoredPart>;
 
-  constructor(name: string, className: string, attributes: Attributes, parts: ReadonlyMap<string, TorchaoPart>) {
+  constructor(name: string, className: string, attributes: Attributes, parts: ReadonlyMap<string, StoredPart>) {
     this.name = name;
     this.className = className;
     this.attributes = attributes;
     this.parts = parts;
   }
 
-  part(name: string): TorchaoPart {
+  part(name: string): StoredPart {
     const part = this.parts.get(name);
     if (part === undefined) throw this.malformed(`its part ${torchaoPartName(this.name, name)} is missing`);
     return part;
   }
 
-  /** The codes of a part: raw bits, one number per element. */
-  codes(name: string): Uint32Array {
-    const { dtype, bytes } = this.part(name);
-    switch (dtype) {
-      case "F32":
-      case "I32":
-        return Uint32Array.from(viewAs("u32", bytes));
-      case "BF16":
-      case "F16":
-        return Uint32Array.from(viewAs("bf16", bytes));
-      default:
-        return Uint32Array.from(bytes);
-    }
+  async codes(name: string, signal?: AbortSignal): Promise<Codes> {
+    const part = this.part(name);
+    return codesOf(part.dtype, await part.read(undefined, signal));
   }
 
   /** The codec of a scale part's dtype. */
-  codec(name: string) {
-    const codecs = {
-      F32: CODECS.f32,
-      F16: CODECS.f16,
-      BF16: CODECS.bf16,
-      F8_E4M3: CODECS.e4m3,
-      F8_E8M0: CODECS.e8m0,
-    } as const;
-    const codec = codecs[this.part(name).dtype as keyof typeof codecs];
-    if (codec === undefined) throw this.malformed(`its ${name} has dtype ${this.part(name).dtype}`);
+  codec(name: string): Codec {
+    const { dtype } = this.part(name);
+    const codec = scaleCodec(dtype);
+    if (codec === undefined) throw this.malformed(`its ${name} has dtype ${dtype}`);
     return codec;
   }
 
@@ -85,6 +60,14 @@ class Stored {
     return typeof value === "object" && value !== null && "_data" in value ? value._data : value;
   }
 
+  /** A list of positive integers. */
+  sizes(name: string, count: number): number[] {
+    const value = this.attribute(name);
+    const legal = Array.isArray(value) && value.length === count && value.every((n) => Number.isInteger(n) && n > 0);
+    if (!legal) throw this.malformed(`its ${name} is ${JSON.stringify(value)}: only matrices are read`);
+    return value as number[];
+  }
+
   matrix(name: string): [number, number] {
     const { shape } = this.part(name);
     if (shape.length !== 2) throw this.malformed(`its ${name} has shape [${shape.join(", ")}]: only matrices are read`);
@@ -92,12 +75,57 @@ class Stored {
   }
 
   /** The scale block of a weight of `shape`. */
-  block(shape: readonly [number, number]): Block {
-    const size = this.attribute("block_size") as readonly number[];
-    return [
-      size[0] === shape[0] && shape[0] > 1 ? "all" : (size[0] as number),
-      size[1] === shape[1] ? "all" : (size[1] as number),
-    ];
+  block(shape: Shape): Block {
+    const [rows, columns] = this.sizes("block_size", 2) as [number, number];
+    return [rows === shape[0] && shape[0] > 1 ? "all" : rows, columns === shape[1] ? "all" : columns];
+  }
+
+  /** The matrix whose rows of element codes are those of `qdata`, as they are or to be packed. */
+  rows(
+    format: Format,
+    shape: Shape,
+    how: "packed" | "elements",
+    activation: Format | null,
+    blocks: (signal?: AbortSignal) => Promise<BlockCodes>,
+  ): StoredMatrix {
+    const qdata = this.part("qdata");
+    if (qdata.shape[0] !== shape[0])
+      throw this.malformed(`its qdata has ${qdata.shape[0]} rows, its shape ${shape[0]}`);
+    return {
+      format,
+      shape,
+      activation,
+      kind: `torchao ${this.className}`,
+      cut: "rows",
+      step: 1,
+      bytesPerLine: qdata.shape[1] ?? 1,
+      read: async (begin, end, signal) => {
+        const bytes = await qdata.read([begin, end], signal);
+        return how === "packed" ? { packed: bytes } : { elements: codesOf(qdata.dtype, bytes) };
+      },
+      blocks,
+    };
+  }
+
+  /** Scales and zero points that lie in row-major order of blocks. */
+  plainBlocks(asymmetric = false): (signal?: AbortSignal) => Promise<BlockCodes> {
+    return async (signal) => ({
+      scales: [await this.codes("scale", signal)],
+      ...(asymmetric ? { zero: await this.codes("zero_point", signal) } : {}),
+    });
+  }
+
+  /** Whether any zero point differs from zero: symmetric weights are stored with zeros. */
+  async asymmetric(signal?: AbortSignal): Promise<boolean> {
+    const part = this.parts.get("zero_point");
+    if (part === undefined) return false;
+    const rows = part.shape[0] ?? 1;
+    const step = Math.max(1, Math.floor(2 ** 20 / Math.max(1, part.shape[1] ?? 1)));
+    for (let begin = 0; begin < rows; begin += step) {
+      const bytes = await part.read([begin, Math.min(begin + step, rows)], signal);
+      if (bytes.some((byte) => byte !== 0)) return true;
+    }
+    return false;
   }
 
   malformed(reason: string): FewbitError {
@@ -105,119 +133,191 @@ class Stored {
   }
 }
 
-type Reader = (stored: Stored) => { tensor: QuantizedTensor; activation: Format | null };
+type Reader = (stored: Stored, signal?: AbortSignal) => StoredMatrix | Promise<StoredMatrix>;
+
+const MX_ROWS: Readonly<Record<string, Format>> = {
+  float8_e4m3fn: FORMATS.mxfp8_e4m3,
+  float8_e5m2: FORMATS.mxfp8_e5m2,
+  fp6_e2m3: FORMATS.mxfp6_e2m3,
+  fp6_e3m2: FORMATS.mxfp6_e3m2,
+  float4_e2m1fn_x2: FORMATS.mxfp4,
+};
 
 const READERS: Readonly<Record<string, Reader>> = {
   Float8Tensor: (stored) => {
     const shape = stored.matrix("qdata");
     const row = stored.part("qdata").dtype === "F8_E5M2" ? FORMATS.float8_e5m2 : FORMATS.float8_e4m3;
-    const format = withScale(row, { block: stored.block(shape) });
-    const tensor = assembleTensor(format, shape, { elements: stored.codes("qdata"), scales: [stored.codes("scale")] });
-    return { tensor, activation: activationOf(stored) };
+    const format = withScale(row, { block: stored.block(shape), codec: stored.codec("scale") });
+    return stored.rows(format, shape, "packed", activationOf(stored), stored.plainBlocks());
   },
-  Int8Tensor: (stored) => {
+  Int8Tensor: async (stored, signal) => {
     const shape = stored.matrix("qdata");
-    const zeros = stored.parts.has("zero_point") ? stored.codes("zero_point") : new Uint32Array(0);
-    const asymmetric = zeros.some((zero) => zero !== 0);
+    const asymmetric = await stored.asymmetric(signal);
     const format = withScale(asymmetric ? FORMATS.int8_asymmetric : FORMATS.int8, {
       block: stored.block(shape),
       codec: stored.codec("scale"),
     });
-    const parts = {
-      elements: stored.codes("qdata"),
-      scales: [stored.codes("scale")],
-      ...(asymmetric ? { zero: zeros } : {}),
-    };
-    return { tensor: assembleTensor(format, shape, parts), activation: activationOf(stored) };
+    return stored.rows(format, shape, "packed", activationOf(stored), stored.plainBlocks(asymmetric));
   },
-  IntxUnpackedToInt8Tensor: (stored) => {
+  IntxUnpackedToInt8Tensor: async (stored, signal) => {
     const shape = stored.matrix("qdata");
     const bits = Number(/^int([1-8])$/.exec(String(stored.attribute("target_dtype")))?.[1]);
     if (Number.isNaN(bits)) throw stored.malformed(`its target_dtype is ${String(stored.attribute("target_dtype"))}`);
-    const zeros = stored.parts.has("zero_point") ? stored.codes("zero_point") : new Uint32Array(0);
-    const asymmetric = bits === 1 || zeros.some((zero) => zero !== 0);
+    const asymmetric = bits === 1 || (await stored.asymmetric(signal));
     const name = `int${bits === 8 ? "x8" : bits}${asymmetric && bits > 1 ? "_asymmetric" : ""}` as FormatName;
     const format = withScale(FORMATS[name], { block: stored.block(shape), codec: stored.codec("scale") });
-    const parts = {
-      elements: stored.codes("qdata"),
-      scales: [stored.codes("scale")],
-      ...(asymmetric ? { zero: zeros } : {}),
-    };
     const dynamic = stored.attribute("activation_quantization") === "int8_asym_per_token";
-    return { tensor: assembleTensor(format, shape, parts), activation: dynamic ? VARIANTS.int8_intx : null };
+    const activation = dynamic ? VARIANTS.int8_intx : null;
+    return stored.rows(format, shape, "elements", activation, stored.plainBlocks(asymmetric));
   },
   Int4Tensor: (stored) => {
-    const [n, k] = stored.attribute("shape") as [number, number];
+    const [n, k] = stored.sizes("shape", 2) as [number, number];
     const codec = stored.codec("scale");
     const format = withScale(FORMATS.int4_plain, { block: stored.block([n, k]), codec, zero: codec });
+    if (stored.matrix("qdata")[1] * 2 !== k) throw stored.malformed(`its qdata does not hold ${k} columns`);
     const [groups] = stored.matrix("scale");
-    const tensor = assembleTensor(format, [n, k], {
-      elements: unpackNibbles(stored.codes("qdata"), "first"),
-      scales: [transpose(stored.codes("scale"), groups, n)],
-      zero: transpose(stored.codes("zero_point"), groups, n),
-    });
+    const plane = async (part: string, signal?: AbortSignal) =>
+      transpose((await stored.codes(part, signal)) as Uint8Array, groups, n);
     const float8 = String(stored.attribute("activation_dtype")).startsWith("float8");
-    return { tensor, activation: float8 ? VARIANTS.float8_mslk : null };
+    return stored.rows(format, [n, k], "packed", float8 ? VARIANTS.float8_mslk : null, async (signal) => ({
+      scales: [await plane("scale", signal)],
+      zero: await plane("zero_point", signal),
+    }));
   },
   Int4TilePackedTo4dTensor: (stored) => {
-    const [n, k] = stored.attribute("shape") as [number, number];
-    const tiles = stored.part("qdata").shape;
-    const [paddedN, paddedK] = [(tiles[0] as number) * 8, (tiles[1] as number) * 128];
-    const groupSize = (stored.attribute("block_size") as number[]).at(-1) as number;
-    const pairs = stored.codes("scale_and_zero");
-    const groups = pairs.length / (2 * paddedN);
-    const plane = (offset: number) => {
-      const values = Uint32Array.from({ length: pairs.length / 2 }, (_, i) => pairs[2 * i + offset] as number);
-      return cropMatrix(transpose(values, groups, paddedN), [n, k / groupSize], groups);
-    };
+    const [n, k] = stored.sizes("shape", 2) as [number, number];
+    const qdata = stored.part("qdata");
+    const [paddedN, paddedK] = [(qdata.shape[0] ?? 0) * 8, (qdata.shape[1] ?? 0) * 128];
+    if (qdata.shape.length !== 4 || paddedN < n || paddedK < k || qdata.shape[2] !== 32 || qdata.shape[3] !== 4)
+      throw stored.malformed(`its qdata has shape [${qdata.shape.join(", ")}]: expected [N / 8, K / 128, 32, 4]`);
+    const groupSize = stored.sizes("block_size", 2)[1] as number;
     const codec = stored.codec("scale_and_zero");
-    const format = withScale(FORMATS.int4_tinygemm, { block: [1, groupSize], codec, zero: codec });
-    const elements = cropMatrix(unpackTiles4d(stored.codes("qdata"), paddedN, paddedK), [n, k], paddedK);
+    const [groups, columns] = stored.part("scale_and_zero").shape;
+    if (columns !== paddedN || groups !== Math.ceil(paddedK / groupSize))
+      throw stored.malformed("its scale_and_zero does not fit its qdata");
     return {
-      tensor: assembleTensor(format, [n, k], { elements, scales: [plane(0)], zero: plane(1) }),
+      format: withScale(FORMATS.int4_tinygemm, { block: [1, groupSize], codec, zero: codec }),
+      shape: [n, k],
       activation: null,
+      kind: `torchao ${stored.className}`,
+      cut: "rows",
+      step: 8,
+      bytesPerLine: paddedK / 2,
+      read: async (begin, end, signal) => {
+        const bytes = await qdata.read([begin / 8, Math.ceil(end / 8)], signal);
+        const codes = unpackTiles4d(codesOf("I32", bytes), roundUp(end - begin, 8), paddedK);
+        return { elements: cropMatrix(codes, [end - begin, k], paddedK) };
+      },
+      blocks: async (signal) => {
+        const pairs = await stored.codes("scale_and_zero", signal);
+        const plane = (offset: number) => {
+          const values = Uint16Array.from({ length: pairs.length / 2 }, (_, i) => pairs[2 * i + offset] as number);
+          return cropMatrix(transpose(values, groups, paddedN), [n, Math.ceil(k / groupSize)], groups);
+        };
+        return { scales: [plane(0)], zero: plane(1) };
+      },
     };
+  },
+  Int4PlainInt32Tensor: (stored) => {
+    const [n, k] = stored.sizes("shape", 2) as [number, number];
+    const [groups] = stored.matrix("scale");
+    const { dtype } = stored.part("zero_point");
+    // XPU packs codes as fewbit does; NPU interleaves them, and has zero points in the weight's dtype.
+    if (dtype !== "I8")
+      throw new FewbitError("model/unsupported", {
+        what: `zero points of ${stored.name} (Int4PlainInt32Tensor)`,
+        value: `${dtype}: packed by an NPU`,
+        supported: ["I8: packed by an XPU"],
+      });
+    if (stored.matrix("qdata")[1] * 8 !== k) throw stored.malformed(`its qdata does not hold ${k} columns`);
+    const block = stored.block([n, k]);
+    const format = withScale(FORMATS.int4_int_zero, { block, codec: stored.codec("scale"), zero: CODECS.int8 });
+    const plane = async (part: string, signal?: AbortSignal) =>
+      transpose((await stored.codes(part, signal)) as Uint8Array, groups, n);
+    return stored.rows(format, [n, k], "packed", null, async (signal) => ({
+      scales: [await plane("scale", signal)],
+      zero: await plane("zero_point", signal),
+    }));
   },
   MXTensor: (stored) => {
     const type = String(stored.attribute("elem_dtype"));
-    const rows: Record<string, Format> = {
-      float8_e4m3fn: FORMATS.mxfp8_e4m3,
-      float8_e5m2: FORMATS.mxfp8_e5m2,
-      fp6_e2m3: FORMATS.mxfp6_e2m3,
-      fp6_e3m2: FORMATS.mxfp6_e3m2,
-      float4_e2m1fn_x2: FORMATS.mxfp4,
-    };
-    const format = rows[type];
+    const format = Object.hasOwn(MX_ROWS, type) ? MX_ROWS[type] : undefined;
     if (format === undefined) throw stored.malformed(`its elem_dtype is ${type}`);
+    if (stored.attribute("block_size") !== 32) throw stored.malformed("its block_size is not 32");
     const [n, bytes] = stored.matrix("qdata");
-    const packed = type === "float4_e2m1fn_x2";
-    const shape = [n, packed ? bytes * 2 : bytes] as const;
-    const elements = packed ? unpackNibbles(stored.codes("qdata"), "first") : stored.codes("qdata");
-    const tensor = assembleTensor(format, shape, { elements, scales: [plainScales(stored, n, shape[1] / 32)] });
-    return { tensor, activation: stored.attributes.act_quant_kwargs ? format : null };
+    const shape = [n, type === "float4_e2m1fn_x2" ? bytes * 2 : bytes] as const;
+    const activation = mxActivation(stored, format);
+    // fp6 is stored one code a byte; the others lie as fewbit packs them.
+    const how = type.startsWith("fp6") ? "elements" : "packed";
+    return stored.rows(format, shape, how, activation, microBlocks(stored, format, shape));
   },
   NVFP4Tensor: (stored) => {
     const [n, bytes] = stored.matrix("qdata");
-    const k = bytes * 2;
-    const two = stored.parts.has("per_tensor_scale");
-    const format = two ? FORMATS.nvfp4 : FORMATS.nvfp4_single;
-    const scales = [plainScales(stored, n, k / 16), ...(two ? [stored.codes("per_tensor_scale")] : [])];
-    const tensor = assembleTensor(format, [n, k], { elements: unpackNibbles(stored.codes("qdata"), "first"), scales });
-    return { tensor, activation: stored.attributes.act_quant_kwargs ? format : null };
+    const shape = [n, bytes * 2] as const;
+    const format = stored.parts.has("per_tensor_scale") ? FORMATS.nvfp4 : FORMATS.nvfp4_single;
+    const activation = nvfp4Activation(stored);
+    return stored.rows(format, shape, "packed", activation, microBlocks(stored, format, shape));
   },
 };
 
-/** Block scales in row-major order, whatever way they are stored (14). */
-function plainScales(stored: Stored, rows: number, columns: number): ArrayLike<number> {
-  const codes = stored.codes("scale");
-  return stored.attribute("is_swizzled_scales") === true ? fromBlocked(codes, rows, columns) : codes;
+/** Block scales in row-major order, whatever way they are stored (14), and the scale of the tensor where there is one. */
+function microBlocks(stored: Stored, format: Format, shape: Shape): (signal?: AbortSignal) => Promise<BlockCodes> {
+  const [rows, columns] = blockGrid((format.scales[0] as Format["scales"][number]).block, shape);
+  const swizzled = stored.attribute("is_swizzled_scales") === true;
+  const expected = swizzled ? roundUp(rows, 128) * roundUp(columns, 4) : rows * columns;
+  const count = stored.part("scale").shape.reduce((a, b) => a * b, 1);
+  if (count !== expected) throw stored.malformed(`it has ${count} scales, its shape needs ${expected}`);
+  return async (signal) => {
+    const codes = await stored.codes("scale", signal);
+    const blocks = swizzled ? fromBlocked(codes, rows, columns) : codes;
+    return { scales: format.scales.length > 1 ? [blocks, await stored.codes("per_tensor_scale", signal)] : [blocks] };
+  };
+}
+
+/** How the activation is quantized; undefined for weight-only tensors. */
+function activationArguments(stored: Stored): Attributes | undefined {
+  return (stored.attribute("act_quant_kwargs") as Attributes | null | undefined) ?? undefined;
+}
+
+function refuseActivation(stored: Stored, what: string, value: unknown, supported: readonly string[]): FewbitError {
+  return new FewbitError("model/unsupported", {
+    what: `${what} of the activation of ${stored.name}`,
+    value: String(value),
+    supported,
+  });
+}
+
+function mxActivation(stored: Stored, format: Format): Format | null {
+  const kwargs = activationArguments(stored);
+  if (kwargs === undefined) return null;
+  const mode = String((kwargs.scaling_mode as { _data?: unknown } | undefined)?._data ?? "RCEIL").toLowerCase();
+  if (mode === "rceil") return format;
+  const modes = ["floor", "ceil", "even"] as const;
+  const known = modes.find((candidate) => candidate === mode);
+  if (known === undefined) throw refuseActivation(stored, "scaling_mode", mode, [...modes, "rceil"]);
+  return withRule(format, known, { rule: { kind: "mx", mode: known } satisfies Rule });
+}
+
+function nvfp4Activation(stored: Stored): Format | null {
+  const kwargs = activationArguments(stored);
+  if (kwargs === undefined) return null;
+  const row = kwargs.use_dynamic_per_tensor_scale === true ? FORMATS.nvfp4 : FORMATS.nvfp4_single;
+  // The two kernels that torchao quantizes activations with round differently (13.1 and 13.2).
+  if (kwargs.use_triton_kernel !== true) return row;
+  return withRule(row, "mslk", { rule: { kind: "nvfp4", variant: "multiply" } satisfies Rule });
 }
 
 /** The activation format of float8 and int8 tensors. */
 function activationOf(stored: Stored): Format | null {
-  const kwargs = stored.attribute("act_quant_kwargs") as Attributes | null | undefined;
-  if (kwargs === null || kwargs === undefined) return null;
+  const kwargs = activationArguments(stored);
+  if (kwargs === undefined) return null;
   const granularity = (kwargs.granularity as { _type?: string } | undefined)?._type;
+  if (granularity !== "PerTensor" && granularity !== "PerRow")
+    throw refuseActivation(stored, "granularity", granularity, ["PerTensor", "PerRow"]);
+  for (const bound of ["hp_value_lb", "hp_value_ub", "reduce_range"]) {
+    const value = kwargs[bound] ?? false;
+    if (value !== false) throw refuseActivation(stored, bound, value, ["none"]);
+  }
   const block: Block = granularity === "PerTensor" ? ["all", "all"] : [1, "all"];
   if (stored.className === "Float8Tensor") {
     const dtype = (kwargs.float8_dtype as { _data?: string } | undefined)?._data;
@@ -227,18 +327,22 @@ function activationOf(stored: Stored): Format | null {
   return withScale(mapping === "ASYMMETRIC" ? FORMATS.int8_asymmetric : FORMATS.int8, { block });
 }
 
+/** Parts that change what a linear computes in ways that a stored matrix cannot say. */
+const FOREIGN_PARTS = ["act_pre_scale", "act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale"] as const;
+
 /**
- * The tensor that the parts of one checkpoint parameter mean (specification 25). `className` and `attributes` are the
- * metadata's `_type` and `_data`. Throws `model/unsupported` for another class, `io/malformed` for missing or
- * impossible parts.
+ * What the parts of one checkpoint parameter mean (specification 25). `className` and `attributes` are the metadata's
+ * `_type` and `_data`. Only zero points are read, to tell symmetric from asymmetric weights. Throws `model/unsupported` for
+ * another class and for activations that are scaled or statically quantized, `io/malformed` for missing or impossible parts.
  */
-export function readTorchaoTensor(
+export async function describeTorchao(
   parameter: string,
   className: string,
   attributes: Attributes,
-  parts: ReadonlyMap<string, TorchaoPart>,
-): TorchaoWeight {
-  const reader = READERS[className];
+  parts: ReadonlyMap<string, StoredPart>,
+  signal?: AbortSignal,
+): Promise<StoredMatrix> {
+  const reader = Object.hasOwn(READERS, className) ? READERS[className] : undefined;
   if (reader === undefined) {
     throw new FewbitError("model/unsupported", {
       what: "torchao tensor class",
@@ -246,7 +350,13 @@ export function readTorchaoTensor(
       supported: Object.keys(READERS),
     });
   }
-  const made = reader(new Stored(parameter, className, attributes, parts));
-  const preScale = parts.get("act_pre_scale");
-  return preScale === undefined ? made : { ...made, preScale };
+  const foreign = FOREIGN_PARTS.find((part) => parts.has(part));
+  if (foreign !== undefined) {
+    throw new FewbitError("model/unsupported", {
+      what: `part of ${parameter}`,
+      value: foreign,
+      supported: ["weights alone", "dynamically quantized activations"],
+    });
+  }
+  return reader(new Stored(parameter, className, attributes, parts), signal);
 }

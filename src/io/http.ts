@@ -8,6 +8,11 @@ export interface UrlOptions extends OpenOptions {
   retryDelay?: number;
 }
 
+export interface UrlSource extends ByteSource {
+  /** What the server calls this version of the file: its ETag, or else the time of its last change. */
+  readonly etag: string | null;
+}
+
 interface Range {
   start: number;
   end: number;
@@ -22,10 +27,10 @@ class Transient extends Error {}
 
 /**
  * Opens an HTTP(S) URL for ranged reads. Every answer must be `206` with the `Content-Range` that was asked for, the size
- * and ETag of the first answer. A cut connection is taken up again where it stopped.
+ * and version of the first answer. A cut connection is taken up again where it stopped.
  * @throws FewbitError `io/not-found` (404, 410), `io/failed`, `operation/aborted`
  */
-export async function openUrl(url: URL, options: UrlOptions = {}): Promise<ByteSource> {
+export async function openUrl(url: URL, options: UrlOptions = {}): Promise<UrlSource> {
   const name = displayName(url);
   const { headers = {}, retries = 4, retryDelay = 250 } = options;
 
@@ -67,7 +72,7 @@ export async function openUrl(url: URL, options: UrlOptions = {}): Promise<ByteS
   const opened = await persist(options.signal, async () => {
     const response = await request(0, 0, options.signal);
     const range = response.headers.get("Content-Range") ?? "";
-    const etag = response.headers.get("ETag");
+    const etag = versionOf(response);
     await response.body?.cancel();
     if (response.status === 416 && /^bytes \*\/0$/.test(range)) return { size: 0, etag };
     const parsed = parseRange(range);
@@ -83,7 +88,7 @@ export async function openUrl(url: URL, options: UrlOptions = {}): Promise<ByteS
     const response = await request(first, last, signal);
     const range = response.headers.get("Content-Range") ?? "";
     const parsed = parseRange(range);
-    const changed = response.headers.get("ETag") !== opened.etag || (parsed && parsed.size !== opened.size);
+    const changed = versionOf(response) !== opened.etag || (parsed && parsed.size !== opened.size);
     const wrong = response.status !== 206 || parsed?.start !== first || parsed.end !== last;
     if (changed || wrong || !response.body) {
       await response.body?.cancel();
@@ -108,7 +113,7 @@ export async function openUrl(url: URL, options: UrlOptions = {}): Promise<ByteS
       throw new Transient(`the connection was cut at byte ${offset + progress.done}`);
   }
 
-  return createSource({
+  const source = createSource({
     name,
     size: opened.size,
     async read(offset, length, signal) {
@@ -118,11 +123,16 @@ export async function openUrl(url: URL, options: UrlOptions = {}): Promise<ByteS
       return bytes;
     },
   });
+  return Object.assign(source, { etag: opened.etag });
 }
 
 /** A URL without user, password, query and fragment: those may hold secrets. */
 export function displayName(url: URL): string {
   return `${url.origin}${url.pathname}`;
+}
+
+function versionOf({ headers }: Response): string | null {
+  return headers.get("ETag") ?? headers.get("Last-Modified");
 }
 
 function parseRange(text: string): Range | undefined {

@@ -1,4 +1,5 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import type { StoredMatrix } from "../formats/stored-matrix.js";
 import { JsonCursor, label } from "./json.js";
 import { type ByteSink, type ByteSource, decodeUtf8, nodeModule } from "./source.js";
 
@@ -58,6 +59,8 @@ export interface ReadOptions {
 /** Named tensors that are read one at a time: one file or a sharded checkpoint. */
 export interface TensorStore extends AsyncDisposable {
   readonly name: string;
+  /** Parameters that are held in a format already, by the name of the weight; their parts need not be in `tensors`. */
+  readonly stored?: ReadonlyMap<string, StoredMatrix>;
   readonly tensors: ReadonlyMap<string, TensorInfo>;
   /**
    * The bytes of a tensor, or of some of its rows. Do not write to them: they may be a view of the source.
@@ -72,8 +75,11 @@ export interface SafetensorsFile extends TensorStore {
   readonly metadata: ReadonlyMap<string, string>;
 }
 
-/** The reference implementation's limit, in bytes. */
-const MAX_HEADER = 100_000_000;
+/**
+ * Bytes of a header at most: over 100,000 tensors. The reference implementation takes 100,000,000; a claim of that size would be
+ * read and parsed before anything of it is known to be true.
+ */
+const MAX_HEADER = 30_000_000;
 /** PyTorch's limit on dimensions. */
 const MAX_RANK = 64;
 
@@ -307,7 +313,8 @@ interface Described {
   readonly shape: readonly number[];
 }
 
-function layOut<T extends Described>(tensors: readonly T[], metadata: Metadata) {
+/** Where everything of a file lies: its header, the tensors in the order of their bytes, and its size. */
+export function layOut<T extends Described>(tensors: readonly T[], metadata: Metadata) {
   const rank = Object.keys(ELEMENT_BYTES);
   const ordered = tensors
     .map((tensor) => ({ ...tensor, byteLength: checkShape(tensor) }))

@@ -1,4 +1,5 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import type { TensorStore } from "./safetensors.js";
 
 /** A file that is read by ranges: a disk file, memory, a browser Blob, or an HTTP(S) URL. */
 export interface ByteSource extends AsyncDisposable {
@@ -22,6 +23,11 @@ export interface ByteSink {
   abort(): Promise<void>;
 }
 
+/** A file whose size is known from the start, written in any order. As `ByteSink`, it appears when it is closed. */
+export interface FileSink extends ByteSink {
+  writeAt(position: number, bytes: Uint8Array): Promise<void>;
+}
+
 /** A flat folder of files, wherever it is. */
 export interface SourceDirectory {
   readonly name: string;
@@ -30,6 +36,8 @@ export interface SourceDirectory {
    * @throws FewbitError `argument/invalid` (not a plain file name), `io/not-found`, `io/failed`
    */
   open(file: string, signal?: AbortSignal): Promise<ByteSource>;
+  /** The weights, where they do not lie in safetensors files of the folder. */
+  readonly weights?: (options: { signal?: AbortSignal }) => Promise<TensorStore>;
 }
 
 /** Bytes that are already here. */
@@ -141,7 +149,8 @@ export async function openDirectory(
   return createDirectory(path, (file) => node.openFile(node.join(path, file)));
 }
 
-function createDirectory(
+/** A folder whose names are checked here, once for every kind. */
+export function createDirectory(
   name: string,
   open: (file: string, signal: AbortSignal | undefined) => Promise<ByteSource>,
 ): SourceDirectory {
@@ -206,14 +215,19 @@ export function decodeUtf8(bytes: Uint8Array, path: string): string {
   }
 }
 
-function isHttp(input: string | URL): boolean {
+export function isHttp(input: string | URL): boolean {
   return /^https?:\/\//i.test(String(input));
+}
+
+/** Whether this is Node and not a web page. */
+export function isNode(): boolean {
+  const { process } = globalThis as { process?: { versions?: { node?: string } } };
+  return Boolean(process?.versions?.node);
 }
 
 /** The only way to `node:` modules, so that a web page never loads them. */
 export async function nodeModule(path: string): Promise<typeof import("./node.js")> {
-  const { process } = globalThis as { process?: { versions?: { node?: string } } };
-  if (!process?.versions?.node)
+  if (!isNode())
     throw new FewbitError(
       "io/not-found",
       { path, reason: "a web page has no file system" },

@@ -1,4 +1,5 @@
 import { FewbitError } from "../core/errors.js";
+import { products } from "../core/matmul.js";
 import { decode, encode } from "../formats/codec.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
 import { type AttentionShape, attentionShape, type KeyRows, outputShape } from "./attention-shape.js";
@@ -49,7 +50,7 @@ interface Row {
   readonly at: number;
   readonly scores: Float64Array;
   /** scale * sum |q k| of each score. */
-  readonly magnitudes: Float64Array;
+  readonly magnitudes: () => Float64Array;
   /** The values of the keys: [keys, size]. */
   readonly values: Float64Array;
   readonly sink: number;
@@ -86,34 +87,59 @@ function forEachRow(
       const [keyValues, values] = [valuesOfRows(k, size, stored), valuesOfRows(v, size, stored)];
       for (let head = kvHead * group; head < (kvHead + 1) * group; head++) {
         const sink = sinks === undefined ? Number.NEGATIVE_INFINITY : (sinks[head] as number);
-        for (let t = 0; t < tokens; t++) {
-          const [from, to] = visibleKeys(attrs, first + t, seen);
-          const at = (tokenMajor ? t * heads + head : (b * heads + head) * tokens + t) * size;
-          const scores = new Float64Array(to - from);
-          const magnitudes = new Float64Array(to - from);
-          const maskAt =
-            ((shape.mask.batch ? b : 0) * (shape.mask.heads ? heads : 1) + (shape.mask.heads ? head : 0)) * tokens + t;
-          for (let j = from; j < to; j++) {
-            let dot = 0;
-            let magnitude = 0;
-            const base = (j - low) * size;
-            for (let i = 0; i < size; i++) {
-              const product = (query[at + i] as number) * (keyValues[base + i] as number);
-              dot += product;
-              magnitude += Math.abs(product);
-            }
-            const score = dot * attrs.scale;
-            const capped = attrs.softcap === undefined ? score : attrs.softcap * Math.tanh(score / attrs.softcap);
-            const added = mask === undefined ? 0 : (mask[maskAt * keys + j] as number);
-            scores[j - from] = added <= MASKED ? Number.NEGATIVE_INFINITY : capped + added;
-            magnitudes[j - from] = magnitude * Math.abs(attrs.scale);
+        const at = (t: number) => (tokenMajor ? t * heads + head : (b * heads + head) * tokens + t) * size;
+        for (let start = 0; start < tokens; start += ROWS) {
+          const end = Math.min(start + ROWS, tokens);
+          const rowsOf = new Float64Array((end - start) * size);
+          for (let t = start; t < end; t++) rowsOf.set(query.subarray(at(t), at(t) + size), (t - start) * size);
+          const [base] = visibleKeys(attrs, first + start, seen);
+          const reach = Math.max(visibleKeys(attrs, first + end - 1, seen)[1], base);
+          const near = keyValues.subarray((base - low) * size, (reach - low) * size);
+          const dots = products(rowsOf, near, [end - start, reach - base, size]);
+          for (let t = start; t < end; t++) {
+            const [from, to] = visibleKeys(attrs, first + t, seen);
+            const scores = dots.slice(
+              (t - start) * (reach - base) + from - base,
+              (t - start) * (reach - base) + to - base,
+            );
+            const maskAt =
+              ((shape.mask.batch ? b : 0) * (shape.mask.heads ? heads : 1) + (shape.mask.heads ? head : 0)) * tokens +
+              t;
+            finishScores(scores, attrs, mask?.subarray(maskAt * keys + from, maskAt * keys + to));
+            const magnitudes = () =>
+              products(
+                rowsOf.subarray((t - start) * size, (t - start + 1) * size).map(Math.abs),
+                keyValues.subarray((from - low) * size, (to - low) * size).map(Math.abs),
+                [1, to - from, size],
+              ).map((sum) => sum * Math.abs(attrs.scale));
+            visit({
+              at: at(t),
+              scores,
+              magnitudes,
+              values: values.subarray((from - low) * size, (to - low) * size),
+              sink,
+            });
           }
-          visit({ at, scores, magnitudes, values: values.subarray((from - low) * size, (to - low) * size), sink });
         }
       }
     }
   }
 }
+
+/** Makes scores of the dot products of one query: scale, soft-cap, mask. */
+function finishScores(scores: Float64Array, { scale, softcap }: SdpaAttrs, mask: Float32Array | undefined): void {
+  for (let j = 0; j < scores.length; j++) scores[j] = (scores[j] as number) * scale;
+  if (softcap !== undefined)
+    for (let j = 0; j < scores.length; j++) scores[j] = softcap * Math.tanh((scores[j] as number) / softcap);
+  if (mask === undefined) return;
+  for (let j = 0; j < scores.length; j++) {
+    const added = mask[j] as number;
+    scores[j] = added <= MASKED ? Number.NEGATIVE_INFINITY : (scores[j] as number) + added;
+  }
+}
+
+/** Queries whose scores are computed at once. */
+const ROWS = 32;
 
 /** Exact values of rows of a dense or stored tensor, one after another; all of them for null. */
 function valuesOfRows(tensor: HostTensor, size: number, rows: readonly number[] | null): Float64Array {
@@ -133,10 +159,16 @@ function valuesOfRows(tensor: HostTensor, size: number, rows: readonly number[] 
 
 /** softmax of one row against its values, in float64: weights, their sum with the sink's, and the largest score. */
 function softmax({ scores, sink }: Row): { weights: Float64Array; total: number; top: number } {
-  const top = scores.reduce((most, score) => Math.max(most, score), sink);
+  let top = sink;
+  for (let j = 0; j < scores.length; j++) top = Math.max(top, scores[j] as number);
   if (top === Number.NEGATIVE_INFINITY) return { weights: new Float64Array(scores.length), total: 0, top };
-  const weights = scores.map((score) => Math.exp(score - top));
-  return { weights, total: weights.reduce((sum, weight) => sum + weight, Math.exp(sink - top)), top };
+  const weights = new Float64Array(scores.length);
+  let total = Math.exp(sink - top);
+  for (let j = 0; j < scores.length; j++) {
+    weights[j] = Math.exp((scores[j] as number) - top);
+    total += weights[j] as number;
+  }
+  return { weights, total, top };
 }
 
 /** softmax(scores) v of every row, in float64, rounded once to float32: the definition of `sdpa`. */
@@ -150,8 +182,7 @@ export function evaluateSdpa(
   const out = new Float32Array(shape.reduce((a, b) => a * b, 1));
   const { probabilities } = attrs;
   const rounded = (weight: number): number => {
-    if (probabilities === undefined) return weight;
-    const { codec, scale } = probabilities;
+    const { codec, scale } = probabilities as NonNullable<typeof probabilities>;
     return decode(codec, encode(codec, Math.fround(weight * scale))) / scale;
   };
   forEachRow(operands, types, attrs, symbols, (row) => {
@@ -159,13 +190,39 @@ export function evaluateSdpa(
     if (total === 0) return;
     const size = row.values.length / Math.max(weights.length, 1);
     const sums = new Float64Array(size);
-    for (const [j, weight] of weights.entries()) {
-      const p = rounded(weight);
-      for (let i = 0; i < size; i++) sums[i] = (sums[i] as number) + p * (row.values[j * size + i] as number);
-    }
+    if (probabilities !== undefined)
+      for (let j = 0; j < weights.length; j++) weights[j] = rounded(weights[j] as number);
+    addWeighted(sums, weights, row.values);
     for (let i = 0; i < size; i++) out[row.at + i] = (sums[i] as number) / total;
   });
   return { dtype: "f32", shape, data: out };
+}
+
+/** sums [size] += weights [n] times values [n, size], key by key; four keys a pass, so that a sum is stored once for four. */
+function addWeighted(sums: Float64Array, weights: Float64Array, values: Float64Array): void {
+  const size = sums.length;
+  const whole = weights.length - (weights.length % 4);
+  for (let j = 0; j < whole; j += 4) {
+    const [p, q, r, s] = [weights[j], weights[j + 1], weights[j + 2], weights[j + 3]] as [
+      number,
+      number,
+      number,
+      number,
+    ];
+    const at = j * size;
+    for (let i = 0; i < size; i++) {
+      let sum = sums[i] as number;
+      sum += p * (values[at + i] as number);
+      sum += q * (values[at + size + i] as number);
+      sum += r * (values[at + 2 * size + i] as number);
+      sum += s * (values[at + 3 * size + i] as number);
+      sums[i] = sum;
+    }
+  }
+  for (let j = whole; j < weights.length; j++) {
+    const p = weights[j] as number;
+    for (let i = 0; i < size; i++) sums[i] = (sums[i] as number) + p * (values[j * size + i] as number);
+  }
 }
 
 /** What an implementation in float32 may give: `value` in float64, and the bound of |result - value|, per element. */
@@ -192,9 +249,10 @@ export function sdpaBound(
   const [relative, absolute] = probabilityError(attrs);
   const size = (types[1] as TensorType).shape.at(-1) as number;
   forEachRow(operands, types, attrs, symbols, (row) => {
-    const { scores, magnitudes, values } = row;
+    const { scores, values } = row;
     const { weights, total, top } = softmax(row);
     if (total === 0) return;
+    const magnitudes = row.magnitudes();
     const n = scores.length;
     const root = Math.sqrt(n + 1);
     /** Relative error of each weight, and the weights' share of the sum that it moves. */

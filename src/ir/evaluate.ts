@@ -1,4 +1,5 @@
 import { f32Bits } from "../core/dtype.js";
+import { matmul } from "../core/matmul.js";
 import { blockGrid, codecBits, codecVector } from "../formats/format.js";
 import { readCode, rowWords, writeCode } from "../formats/pack.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
@@ -9,6 +10,7 @@ import { checkCapacity, evaluateSdpa, keyRowOf } from "./attention.js";
 import { cacheRows } from "./attention-shape.js";
 import { evaluateConv } from "./conv.js";
 import { dense, type Node, stored, type TensorType } from "./graph.js";
+import { evaluateMoeCombine, evaluateMoeLinear, evaluateMoeRoute } from "./moe.js";
 import { type OpAttrs, type OpName, shapeRows, type UnaryFn } from "./ops.js";
 import { sampleToken, unpackSettings } from "./sample.js";
 import { type DenseTensor, type HostTensor, isDense } from "./tensor.js";
@@ -62,39 +64,62 @@ export function valuesOf(tensor: HostTensor): ArrayLike<number> {
   return "data" in tensor ? tensor.data : dequantize(tensor);
 }
 
-export const UNARY: Readonly<Record<UnaryFn, (x: number) => number>> = {
+export const UNARY: Readonly<Record<UnaryFn, (x: number, cap: number) => number>> = {
   relu: (x) => Math.max(x, 0),
   silu: (x) => x / (1 + Math.exp(-x)),
+  sigmoid: (x) => 1 / (1 + Math.exp(-x)),
+  softcap: (x, cap) => cap * Math.tanh(x / cap),
   gelu: (x) => 0.5 * x * erfc(-x / Math.SQRT2),
   // 1 + tanh(u) is 2 / (1 + exp(-2u)), which keeps its digits where tanh(u) is near -1.
   gelu_tanh: (x) => x / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
 };
 
 const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
-  embedding: ([ids, table], attrs) => {
+  embedding: ([ids, table, positions], attrs, symbols) => {
     const rows = (ids as DenseTensor).data;
+    const first = symbols[attrs.position ?? ""] ?? 0;
     const [vocabulary, width] = quantized(table).shape;
     const scale = attrs.scale ?? 1;
     const out = new Float32Array(rows.length * width);
     for (let t = 0; t < rows.length; t++) {
       const row = Math.min(Math.max(rows[t] as number, 0), vocabulary - 1);
       const values = dequantize(quantized(table), [row, row + 1]);
-      for (let k = 0; k < width; k++) out[t * width + k] = (values[k] as number) * scale;
+      for (let k = 0; k < width; k++) {
+        const learned = positions === undefined ? 0 : (floats(positions)[(first + t) * width + k] as number);
+        out[t * width + k] = (values[k] as number) * scale + learned;
+      }
     }
     return [f32([rows.length, width], out)];
   },
 
-  rmsnorm: ([x, weight], { eps }) => {
+  rmsnorm: ([x, weight], { eps, groups = 1 }) => {
+    const source = x as DenseTensor;
+    const [rows, width] = shapeRows(source.shape);
+    const size = width / groups;
+    const [values, gain] = [floats(x), floats(weight)];
+    const out = new Float32Array(values.length);
+    for (let start = 0; start < rows * width; start += size) {
+      let sum = 0;
+      for (let k = 0; k < size; k++) sum += (values[start + k] as number) ** 2;
+      const factor = 1 / Math.sqrt(sum / size + eps);
+      for (let k = 0; k < size; k++) out[start + k] = (values[start + k] as number) * factor * (gain[k] as number);
+    }
+    return [f32(source.shape, out)];
+  },
+
+  layernorm: ([x, weight, bias], { eps }) => {
     const source = x as DenseTensor;
     const [rows, width] = shapeRows(source.shape);
     const [values, gain] = [floats(x), floats(weight)];
+    const shift = bias === undefined ? null : floats(bias);
     const out = new Float32Array(values.length);
     for (let row = 0; row < rows; row++) {
-      let sum = 0;
-      for (let k = 0; k < width; k++) sum += (values[row * width + k] as number) ** 2;
-      const factor = 1 / Math.sqrt(sum / width + eps);
+      const part = values.subarray(row * width, (row + 1) * width);
+      const mean = part.reduce((sum, value) => sum + value, 0) / width;
+      const variance = part.reduce((sum, value) => sum + (value - mean) ** 2, 0) / width;
+      const factor = 1 / Math.sqrt(variance + eps);
       for (let k = 0; k < width; k++)
-        out[row * width + k] = (values[row * width + k] as number) * factor * (gain[k] as number);
+        out[row * width + k] = ((part[k] as number) - mean) * factor * (gain[k] as number) + (shift?.[k] ?? 0);
     }
     return [f32(source.shape, out)];
   },
@@ -105,11 +130,10 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
     const input = valuesOf(x as HostTensor);
     const rows = input.length / Math.max(k, 1);
     const leading = (x as HostTensor).shape.slice(0, -1);
-    const out = matmul(input, exactValues(matrix), rows, n, k, bias === undefined ? undefined : floats(bias));
+    const out = matmul(input, exactValues(matrix), [rows, n, k], bias && floats(bias));
     return [f32([...leading, n], out)];
   },
 
-  /** Products and sums are rounded to float32 one by one, so that every backend rotates to the same bits. */
   conv2d: ([x, weight, bias], attrs) => {
     const matrix = quantized(weight);
     return [
@@ -117,16 +141,18 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
     ];
   },
 
-  rope: ([x, table], { heads, position, interleaved }, symbols) => {
+  /** Products and sums are rounded to float32 one by one, so that every backend rotates to the same bits. */
+  rope: ([x, table], { heads, position, interleaved, ...attrs }, symbols) => {
     const source = x as DenseTensor;
     const [rows, width] = shapeRows(source.shape);
     const size = width / heads;
-    const half = size / 2;
+    const { rotary = size } = attrs;
+    const half = rotary / 2;
     const [values, angles] = [floats(x), floats(table)];
-    const out = new Float32Array(values.length);
+    const out = values.slice();
     const { fround } = Math;
     for (let t = 0; t < rows; t++) {
-      const angle = ((symbols[position] ?? 0) + t) * size;
+      const angle = ((symbols[position] ?? 0) + t) * rotary;
       for (let start = t * width; start < (t + 1) * width; start += size) {
         for (let i = 0; i < half; i++) {
           const [at, other] = interleaved ? [start + 2 * i, start + 2 * i + 1] : [start + i, start + half + i];
@@ -166,7 +192,28 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
 
   sdpa: (operands, attrs, symbols, types) => [evaluateSdpa(operands, types, attrs, symbols)],
 
-  unary: ([a], { fn }) => [f32((a as DenseTensor).shape, Float32Array.from(floats(a), UNARY[fn]))],
+  moe_route: ([logits], attrs) => evaluateMoeRoute(logits as DenseTensor, attrs),
+
+  moe_linear: ([x, ids, ...weights], _attrs, _symbols, types) => {
+    const matrices = weights.map((weight) => exactValues(quantized(weight)));
+    const [n, k] = quantized(weights[0]).shape;
+    const input = Float64Array.from(valuesOf(x as HostTensor));
+    const shared = (types[0] as TensorType).shape.length === 2;
+    return [
+      evaluateMoeLinear(ids as DenseTensor, weights.length, n, shared, (row, expert) =>
+        matmul(input.subarray(row * k, (row + 1) * k), matrices[expert] as Float64Array, [1, n, k]),
+      ),
+    ];
+  },
+
+  moe_combine: ([x, gates]) => [evaluateMoeCombine(x as DenseTensor, gates as DenseTensor)],
+
+  unary: ([a], { fn, cap = 1 }) => [
+    f32(
+      (a as DenseTensor).shape,
+      floats(a).map((x) => UNARY[fn](x, cap)),
+    ),
+  ],
 
   binary: ([a, b], { fn }) => {
     const [left, right] = [floats(a), floats(b)];
@@ -208,29 +255,6 @@ const EVALUATE: { readonly [Op in OpName]: Evaluator<Op> } = {
     return [{ dtype: "u32", shape: [2], data: Uint32Array.of(drawn.id, f32Bits(drawn.logprob)) }, target];
   },
 };
-
-/** x [rows, k] times w [n, k] transposed, in float64, rounded to float32. */
-function matmul(
-  x: ArrayLike<number>,
-  w: Float64Array,
-  rows: number,
-  n: number,
-  k: number,
-  bias: Float32Array | undefined,
-): Float32Array {
-  const out = new Float32Array(rows * n);
-  const input = x instanceof Float64Array ? x : Float64Array.from(x);
-  for (let row = 0; row < rows; row++) {
-    const from = row * k;
-    for (let column = 0; column < n; column++) {
-      const base = column * k;
-      let sum = bias === undefined ? 0 : (bias[column] as number);
-      for (let i = 0; i < k; i++) sum += (input[from + i] as number) * (w[base + i] as number);
-      out[row * n + column] = sum;
-    }
-  }
-  return out;
-}
 
 /** Copies one stored row, with its scales and zero points, between tensors of one format. */
 function copyRow(target: QuantizedTensor, targetRow: number, source: QuantizedTensor, sourceRow: number): void {

@@ -121,7 +121,7 @@ export class GraphBuilder {
     });
     const types = operands.map((value) => value.type);
     const [least, most] = [spec.operands.length - (spec.optional ?? 0), spec.operands.length];
-    if (types.length < least || types.length > most) {
+    if (types.length < least || (types.length > most && spec.variadic !== true)) {
       throw invalid(`it takes ${spec.operands.join(", ")}; got ${types.length} operands`);
     }
     const { position } = attrs as { position?: string };

@@ -4,23 +4,40 @@ import type { Codec, Format } from "../formats/format.js";
 import { inferKvWrite, inferSdpa } from "./attention-shape.js";
 import { type ConvAttrs, convSize, inferConv } from "./conv.js";
 import type { Dim, TensorType } from "./graph.js";
+import { inferMoeCombine, inferMoeLinear, inferMoeRoute, type MoeRouteAttrs } from "./moe.js";
 import { requireBlocks, requireDense, requireFormat, requireShape } from "./require.js";
 
-export type UnaryFn = "relu" | "gelu" | "gelu_tanh" | "silu";
+/** `softcap` is cap * tanh(x / cap). */
+export type UnaryFn = "relu" | "gelu" | "gelu_tanh" | "silu" | "sigmoid" | "softcap";
 export type BinaryFn = "add" | "mul";
 
 /** The attributes of each op. A `position` names the symbol that counts the tokens already in the KV cache. */
 export interface OpAttrs {
-  embedding: { readonly scale?: number };
-  rmsnorm: { readonly eps: number };
+  /** `position` goes with learned positions. */
+  embedding: { readonly scale?: number; readonly position?: string };
+  /** `groups`: a row is that many groups (heads), each with a mean square of its own and the same weights (default 1). */
+  rmsnorm: { readonly eps: number; readonly groups?: number };
+  layernorm: { readonly eps: number };
   linear: Record<string, never>;
   conv2d: ConvAttrs;
-  /** `interleaved` rotates neighbours (2i, 2i + 1); without it the halves (i, i + D/2), as NeoX and Llama do. */
-  rope: { readonly heads: number; readonly position: string; readonly interleaved?: boolean };
+  /**
+   * `rotary`: only the first R elements of a head are rotated (default D, all of them). `interleaved` rotates neighbours
+   * (2i, 2i + 1); without it the halves (i, i + R/2), as NeoX and Llama do.
+   */
+  rope: {
+    readonly heads: number;
+    readonly position: string;
+    readonly interleaved?: boolean;
+    readonly rotary?: number;
+  };
   hadamard: { readonly heads: number };
   kv_write: KvWriteAttrs;
   sdpa: SdpaAttrs;
-  unary: { readonly fn: UnaryFn };
+  moe_route: MoeRouteAttrs;
+  moe_linear: Record<string, never>;
+  moe_combine: Record<string, never>;
+  /** `cap`: of `softcap` alone. */
+  unary: { readonly fn: UnaryFn; readonly cap?: number };
   binary: { readonly fn: BinaryFn };
   /** `dtype`: the type whose values x holds, to which the specification rounds (default f32). `numerics`, `perTensorScale`: see `quantizeTensor`. */
   quantize: {
@@ -75,6 +92,8 @@ export interface OpSpec<Op extends OpName> {
   readonly operands: readonly string[];
   /** How many trailing operands may be left out. */
   readonly optional?: number;
+  /** The last operand may be given any number of times. */
+  readonly variadic?: boolean;
   /** Output `i` is input `aliases[i]`, updated in place. */
   readonly aliases?: Readonly<Record<number, number>>;
   infer(types: readonly TensorType[], attrs: OpAttrs[Op], where: string): TensorType[];
@@ -96,28 +115,51 @@ const elementwise = (arity: number) => (types: readonly TensorType[], _: unknown
  * C the capacity of the cache. What each op computes is `evaluate.ts`.
  */
 export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
-  /** ids i32 [T], table format [V, H] -> f32 [T, H]. */
+  /** ids i32 [T], table format [V, H], learned positions f32 [P, H] (token t stands at `position` + t) -> f32 [T, H]. */
   embedding: {
-    operands: ["ids", "table"],
-    infer: (types, _attrs, where) => {
+    operands: ["ids", "table", "positions"],
+    optional: 1,
+    infer: (types, { position }, where) => {
       const ids = requireDense(at(types, 0), "i32", `${where}.ids`);
       requireShape(ids, [undefined], `${where}.ids`);
       const table = requireFormat(at(types, 1), `${where}.table`);
       requireShape(table.shape, [undefined, undefined], `${where}.table`);
       requireBlocks(table.format, at(table.shape, 1), `${where}.table`);
+      const positions = types[2];
+      if (positions !== undefined) {
+        const shape = [undefined, at(table.shape, 1)];
+        requireShape(requireDense(positions, "f32", `${where}.positions`), shape, `${where}.positions`);
+      }
+      if ((positions === undefined) !== (position === undefined))
+        throw new FewbitError("graph/invalid", { where, reason: "learned positions and `position` go together" });
       return [f32([at(ids, 0), at(table.shape, 1)])];
     },
     flops: (shapes) => elements(shapes[0]) * (shapes[1]?.[1] ?? 0),
   },
-  /** x f32 [T, H], weight f32 [H] -> f32 [T, H]. */
+  /** x f32 [T, H], weight f32 [H / groups] -> f32 [T, H]. */
   rmsnorm: {
     operands: ["x", "weight"],
-    infer: (types, _attrs, where) => {
+    infer: (types, { groups = 1 }, where) => {
       const x = requireDense(at(types, 0), "f32", `${where}.x`);
-      requireShape(requireDense(at(types, 1), "f32", `${where}.weight`), [at(x, x.length - 1)], `${where}.weight`);
+      const width = at(x, x.length - 1) as number;
+      if (width % groups !== 0)
+        throw new FewbitError("shape/mismatch", { what: `${where}.x`, got: x, expected: `rows of ${groups} groups` });
+      requireShape(requireDense(at(types, 1), "f32", `${where}.weight`), [width / groups], `${where}.weight`);
       return [f32(x)];
     },
     flops: (shapes) => 4 * elements(shapes[0]),
+  },
+  /** x f32 [T, H], weight f32 [H], bias f32 [H] -> f32 [T, H]. */
+  layernorm: {
+    operands: ["x", "weight", "bias"],
+    optional: 1,
+    infer: (types, _attrs, where) => {
+      const x = requireDense(at(types, 0), "f32", `${where}.x`);
+      for (const [i, type] of types.slice(1).entries())
+        requireShape(requireDense(type, "f32", `${where}.${i}`), [at(x, x.length - 1)], `${where}.${i}`);
+      return [f32(x)];
+    },
+    flops: (shapes) => 8 * elements(shapes[0]),
   },
   /** x f32 or format [..., K], weight format [N, K], bias f32 [N] -> f32 [..., N]: x W^T + b over the exact stored values. */
   linear: {
@@ -148,7 +190,7 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
       return 2 * (x?.[0] ?? 0) * h * w * elements(weight);
     },
   },
-  /** x f32 [T, heads * D], table f32 [positions, D]: cosines then sines -> f32 [T, heads * D]; half-split pairs (NeoX). */
+  /** x f32 [T, heads * D], table f32 [positions, R]: cosines then sines of R/2 pairs -> f32 [T, heads * D]. */
   rope: {
     operands: ["x", "table"],
     infer: (types, attrs, where) => {
@@ -162,7 +204,10 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
           expected: `[T, ${attrs.heads} heads of an even size]`,
         });
       }
-      requireShape(table, [undefined, width / attrs.heads], `${where}.table`);
+      const { rotary = width / attrs.heads } = attrs;
+      if (rotary % 2 !== 0 || rotary > width / attrs.heads)
+        throw new FewbitError("graph/invalid", { where, reason: `it cannot rotate ${rotary} elements of a head` });
+      requireShape(table, [undefined, rotary], `${where}.table`);
       return [f32(x)];
     },
     flops: (shapes) => 3 * elements(shapes[0]),
@@ -206,7 +251,27 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
       return 4 * elements(shapes[0]) * Math.min(rows, window ?? rows);
     },
   },
-  unary: { operands: ["a"], infer: elementwise(1), flops: (shapes) => 8 * elements(shapes[0]) },
+  /** See `moe.ts`. */
+  moe_route: { operands: ["logits"], infer: inferMoeRoute, flops: (shapes) => 8 * elements(shapes[0]) },
+  moe_linear: {
+    operands: ["x", "ids", "weights"],
+    variadic: true,
+    infer: inferMoeLinear,
+    flops: (shapes) => 2 * elements(shapes[1]) * elements(shapes[2]),
+  },
+  moe_combine: { operands: ["x", "gates"], infer: inferMoeCombine, flops: (shapes) => 2 * elements(shapes[0]) },
+  unary: {
+    operands: ["a"],
+    infer: (types, { fn, cap }, where) => {
+      if ((fn === "softcap") !== (cap !== undefined) || !((cap ?? 1) > 0))
+        throw new FewbitError("graph/invalid", {
+          where,
+          reason: "a positive `cap` belongs to softcap, and to it alone",
+        });
+      return elementwise(1)(types, null, where);
+    },
+    flops: (shapes) => 8 * elements(shapes[0]),
+  },
   binary: { operands: ["a", "b"], infer: elementwise(2), flops: (shapes) => elements(shapes[0]) },
   /**
    * x f32 [..., K] -> the same values in a format, scales and zero points chosen by the format's rule, or given (static

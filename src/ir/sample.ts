@@ -38,9 +38,16 @@ export function sampleToken(logits: ArrayLike<number>, settings: SampleSettings)
   let best = 0;
   for (let i = 1; i < logits.length; i++) if ((logits[i] as number) > (logits[best] as number)) best = i;
   const id = settings.temperature === 0 ? best : drawToken(logits, settings, logits[best] as number);
+  return { id, logprob: logProbability(logits, id) };
+}
+
+/** The natural logarithm of a token's share of the softmax. */
+export function logProbability(logits: ArrayLike<number>, id: number): number {
+  let top = Number.NEGATIVE_INFINITY;
+  for (let i = 0; i < logits.length; i++) top = Math.max(top, logits[i] as number);
   let mass = 0;
-  for (let i = 0; i < logits.length; i++) mass += Math.exp((logits[i] as number) - (logits[best] as number));
-  return { id, logprob: (logits[id] as number) - (logits[best] as number) - Math.log(mass) };
+  for (let i = 0; i < logits.length; i++) mass += Math.exp((logits[i] as number) - top);
+  return (logits[id] as number) - top - Math.log(mass);
 }
 
 function drawToken(logits: ArrayLike<number>, settings: SampleSettings, top: number): number {
@@ -121,4 +128,49 @@ export function unpackSettings(words: Uint32Array): SampleSettings {
     seed: words[3] as number,
     step: words[4] as number,
   };
+}
+
+/** What is done to logits before a token is drawn from them. */
+export interface LogitSettings {
+  /**
+   * Logits of tokens that the text holds already are divided by it where positive and multiplied where negative (Keskar et al.,
+   * CTRL, 2019). 1 changes nothing.
+   */
+  readonly repetitionPenalty: number;
+  /** Tokens less likely than this share of the likeliest one's probability, after the temperature, are left out. 0 keeps all. */
+  readonly minP: number;
+}
+
+/** Whether the settings leave logits as they are. */
+export const leavesLogits = ({ repetitionPenalty, minP }: LogitSettings): boolean =>
+  repetitionPenalty === 1 && minP === 0;
+
+/** Throws `argument/invalid` for settings outside their ranges. */
+export function checkLogitSettings({ repetitionPenalty, minP }: LogitSettings): void {
+  const penalty = Number.isFinite(repetitionPenalty) && repetitionPenalty > 0;
+  check("repetitionPenalty", repetitionPenalty, penalty, "a number above 0 (1: none)");
+  check("minP", minP, minP >= 0 && minP <= 1, "a number from 0 to 1");
+}
+
+/**
+ * Logits f32 [V] as `sampleToken` is to see them: first the penalty for the ids in `seen`, then minus infinity for those that min-p
+ * leaves out (never the likeliest). Operations are rounded to float32 one by one.
+ */
+export function adjustLogits(
+  logits: Float32Array,
+  seen: Iterable<number>,
+  { repetitionPenalty, minP }: LogitSettings,
+  temperature: number,
+): Float32Array {
+  const adjusted = logits.slice();
+  for (const id of new Set(seen)) {
+    const logit = adjusted[id] as number;
+    adjusted[id] = logit > 0 ? logit / repetitionPenalty : logit * repetitionPenalty;
+  }
+  if (minP === 0) return adjusted;
+  let top = Number.NEGATIVE_INFINITY;
+  for (const logit of adjusted) top = Math.max(top, logit);
+  // exp((logit - top) / temperature) < minP, without the exponential.
+  const least = Math.fround(Math.log(minP) * temperature);
+  return adjusted.map((logit) => (Math.fround(logit - top) < least ? Number.NEGATIVE_INFINITY : logit));
 }

@@ -1,11 +1,16 @@
+import { FewbitError } from "../core/errors.js";
 import { type Format, formatKey } from "../formats/format.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
-import { type DecoderConfig, type TensorRole, type TensorSpec, tensorSpecs } from "./config.js";
+import type { UnaryFn } from "../ir/ops.js";
+import { type DecoderConfig, type LayerConfig, type TensorRole, type TensorSpec, tensorSpecs } from "./config.js";
+import { ropeTableName } from "./decoder-rope.js";
 import { ringCapacity } from "./kvcache.js";
+
+export { ROPE_TABLE, ropeTable, ropeTables } from "./decoder-rope.js";
 
 /** How a decoder's graph is laid out. */
 export interface DecoderOptions {
-  /** The format of each matrix, by its checkpoint name. */
+  /** The format of each matrix. */
   readonly weightFormat: (spec: TensorSpec) => Format;
   /** The format that the input of a linear is quantized to, or null to leave it in float32. */
   readonly activationFormat: (spec: TensorSpec) => Format | null;
@@ -17,9 +22,6 @@ export interface DecoderOptions {
   /** Logits of the last token only, with a draw from them, or of every token. */
   readonly logits: "last" | "all";
 }
-
-/** Names of the values that are not in a checkpoint. */
-export const ROPE_TABLE = "rope.table";
 
 /** The symbols of a decoder graph: tokens of this run, and tokens already in the cache. */
 export const TOKENS = "T";
@@ -40,80 +42,41 @@ export function decoderBuckets(capacity: number): Record<string, number>[] {
  */
 export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Graph {
   const g = new GraphBuilder({ [TOKENS]: options.maxTokens, [PAST]: options.capacity });
-  const specs = new Map(tensorSpecs(config).map((spec) => [`${spec.layer ?? ""}${spec.role}`, spec]));
-  const find = (role: TensorRole, layer: number | null) => specs.get(`${layer ?? ""}${role}`);
-  const vector = (role: TensorRole, layer: number | null): ValueId | undefined => {
-    const spec = find(role, layer);
-    return spec && g.weight(spec.name, dense("f32", spec.shape));
-  };
-  const matrix = (role: TensorRole, layer: number | null): ValueId => {
-    const spec = find(role, layer) as TensorSpec;
-    return g.weight(spec.name, stored(options.weightFormat(spec), spec.shape));
-  };
-  const quantized = new Map<string, ValueId>();
-  /** One quantize node an input and format: q, k and v share theirs. */
-  const linear = (role: TensorRole, layer: number, x: ValueId): ValueId => {
-    const spec = find(role, layer) as TensorSpec;
-    const format = options.activationFormat(spec);
-    let input = x;
-    if (format !== null) {
-      const key = `${x} ${formatKey(format)}`;
-      input = quantized.get(key) ?? g.one("quantize", [x], { format }, `quantize.${spec.name}`);
-      quantized.set(key, input);
-    }
-    const bias = vector(`${role}Bias` as TensorRole, layer);
-    const operands = [input, matrix(role, layer), ...(bias === undefined ? [] : [bias])];
-    return g.one("linear", operands, {}, spec.name.replace(/\.weight$/, ""));
-  };
-
+  const w = new Weights(g, config, options);
   const ids = g.state("ids", dense("i32", [TOKENS]));
-  const table = matrix("embedding", null);
-  const angles = g.weight(ROPE_TABLE, dense("f32", [options.capacity, config.headDim]));
-  const { eps } = config.norm;
-  const { slidingWindow: window } = config;
-  const slots = window === undefined ? options.capacity : ringCapacity(window, options.maxTokens, options.capacity);
-  const ring = slots < options.capacity;
-  const cacheShape = [config.kvHeads, slots, config.headDim];
-  let x = g.one("embedding", [ids, table], {}, "embedding");
-  for (let layer = 0; layer < config.layers; layer++) {
+  const table = w.matrix("embedding", null);
+  const positions = w.vector("positions", null);
+  const scale = config.embeddingScale === 1 ? {} : { scale: config.embeddingScale };
+  let x =
+    positions === undefined
+      ? g.one("embedding", [ids, table], scale, "embedding")
+      : g.one("embedding", [ids, table, positions], { ...scale, position: PAST }, "embedding");
+  const angles = config.ropes.map(({ rotary }, i) =>
+    g.weight(ropeTableName(i), dense("f32", [options.capacity, rotary])),
+  );
+  for (const [layer, kind] of config.layerConfigs.entries()) {
     const name = (what: string) => `layer${layer}.${what}`;
-    const before = g.one("rmsnorm", [x, vector("attentionNorm", layer) as ValueId], { eps }, name("norm"));
-    const [q, k, v] = (["q", "k", "v"] as const).map((role) => linear(role, layer, before)) as [
-      ValueId,
-      ValueId,
-      ValueId,
-    ];
-    const turnedQ = g.one("rope", [q, angles], { heads: config.heads, position: PAST }, name("rope.q"));
-    const turnedK = g.one("rope", [k, angles], { heads: config.kvHeads, position: PAST }, name("rope.k"));
-    const keys = g.state(name("k_cache"), stored(options.kvFormat, cacheShape));
-    const values = g.state(name("v_cache"), stored(options.kvFormat, cacheShape));
-    const allKeys = g.one("kv_write", [keys, turnedK], { position: PAST, ring }, name("k_write"));
-    const allValues = g.one("kv_write", [values, v], { position: PAST, ring }, name("v_write"));
-    const attended = g.one(
-      "sdpa",
-      [turnedQ, allKeys, allValues],
-      {
-        heads: config.heads,
-        kvHeads: config.kvHeads,
-        scale: 1 / Math.sqrt(config.headDim),
-        causal: true,
-        position: PAST,
-        ...(window === undefined ? {} : { window, ring }),
-      },
-      name("sdpa"),
+    const before = w.norm("attentionNorm", layer, x, name("norm"));
+    const attended = attention(g, w, { config, options, angles }, layer, kind, before);
+    const output = w.linear("o", layer, attended);
+    x = g.one(
+      "binary",
+      [x, w.norm("attentionPostNorm", layer, output, name("post_norm"))],
+      { fn: "add" },
+      name("attention"),
     );
-    x = g.one("binary", [x, linear("o", layer, attended)], { fn: "add" }, name("attention"));
-    const middle = g.one("rmsnorm", [x, vector("mlpNorm", layer) as ValueId], { eps }, name("mlp_norm"));
-    const gate = linear("gate", layer, middle);
-    const up = linear("up", layer, middle);
-    const active = g.one("unary", [gate], { fn: config.activation }, name("activation"));
-    const inner = g.one("binary", [active, up], { fn: "mul" }, name("gated"));
-    x = g.one("binary", [x, linear("down", layer, inner)], { fn: "add" }, name("mlp"));
+    const middle = w.norm("mlpNorm", layer, x, name("mlp_norm"));
+    const inner = kind.sparse
+      ? experts(g, w, config, layer, middle)
+      : mlp(g, w, DENSE_MLP, config.activation, layer, middle);
+    x = g.one("binary", [x, w.norm("mlpPostNorm", layer, inner, name("mlp_post_norm"))], { fn: "add" }, name("mlp"));
   }
   const last = options.logits === "last" ? g.one("last_row", [x], {}, "last") : x;
-  const normed = g.one("rmsnorm", [last, vector("finalNorm", null) as ValueId], { eps }, "final_norm");
-  const head = config.tieEmbeddings ? table : matrix("head", null);
-  const logits = g.one("linear", [normed, head], {}, "logits");
+  const normed = w.norm("finalNorm", null, last, "final_norm");
+  const head = config.tieEmbeddings ? table : w.matrix("head", null);
+  const cap = config.logitSoftcap;
+  const raw = g.one("linear", [normed, head], {}, cap === null ? "logits" : "logits.raw");
+  const logits = cap === null ? raw : g.one("unary", [raw], { fn: "softcap", cap }, "logits");
   g.output("logits", logits);
   if (options.logits === "last") {
     const settings = g.input("settings", dense("u32", [5]));
@@ -124,29 +87,166 @@ export function buildDecoder(config: DecoderConfig, options: DecoderOptions): Gr
   return g.build();
 }
 
-/**
- * Cosines and sines of every position, [capacity, headDim]: cosines in the first half of a row, sines in the second.
- * Angles are computed in float64, so that far positions lose nothing (Su et al., RoFormer 2021).
- */
-export function ropeTable(config: DecoderConfig, capacity: number): Float32Array {
-  const half = config.headDim / 2;
-  const table = new Float32Array(capacity * config.headDim);
-  for (let i = 0; i < half; i++) {
-    const frequency = ropeFrequency(config, i);
-    for (let position = 0; position < capacity; position++) {
-      table[position * config.headDim + i] = Math.cos(position * frequency);
-      table[position * config.headDim + half + i] = Math.sin(position * frequency);
-    }
+/** A model's weights as values of its graph, and the ops that take them. */
+class Weights {
+  readonly #g: GraphBuilder;
+  readonly #config: DecoderConfig;
+  readonly #options: DecoderOptions;
+  readonly #specs = new Map<string, TensorSpec>();
+  readonly #quantized = new Map<string, ValueId>();
+
+  constructor(g: GraphBuilder, config: DecoderConfig, options: DecoderOptions) {
+    this.#g = g;
+    this.#config = config;
+    this.#options = options;
+    for (const spec of tensorSpecs(config)) this.#specs.set(key(spec.role, spec.layer, spec.expert), spec);
   }
-  return table;
+
+  has(role: TensorRole, layer: number | null): boolean {
+    return this.#specs.has(key(role, layer, null));
+  }
+
+  matrix(role: TensorRole, layer: number | null, expert: number | null = null): ValueId {
+    const spec = this.#specs.get(key(role, layer, expert)) as TensorSpec;
+    return this.#g.weight(spec.name, stored(this.#options.weightFormat(spec), spec.shape));
+  }
+
+  /** A dense weight, if the model has it. */
+  vector(role: TensorRole, layer: number | null): ValueId | undefined {
+    const spec = this.#specs.get(key(role, layer, null));
+    return spec && this.#g.weight(spec.name, dense("f32", spec.shape));
+  }
+
+  /** x [T, width] itself where the model has no such norm. Weights narrower than x serve its heads one by one. */
+  norm(role: TensorRole, layer: number | null, x: ValueId, name: string, width = this.#config.hiddenSize): ValueId {
+    const spec = this.#specs.get(key(role, layer, null));
+    if (spec === undefined) return x;
+    const weight = this.vector(role, layer) as ValueId;
+    const { kind, eps } = this.#config.norm;
+    const groups = width / (spec.shape[0] as number);
+    if (kind === "rmsnorm")
+      return this.#g.one("rmsnorm", [x, weight], { eps, ...(groups > 1 ? { groups } : {}) }, name);
+    const bias = this.vector(`${role}Bias` as TensorRole, layer);
+    return this.#g.one("layernorm", [x, weight, ...(bias === undefined ? [] : [bias])], { eps }, name);
+  }
+
+  linear(role: TensorRole, layer: number, x: ValueId): ValueId {
+    const spec = this.#specs.get(key(role, layer, null)) as TensorSpec;
+    const bias = this.vector(`${role}Bias` as TensorRole, layer);
+    const operands = [this.#quantize(spec, x), this.matrix(role, layer), ...(bias === undefined ? [] : [bias])];
+    return this.#g.one("linear", operands, {}, spec.name.replace(".weight", ""));
+  }
+
+  /** The chosen experts of each token: x [T, K] or [T, S, K], ids [T, S]. */
+  expertLinear(role: TensorRole, layer: number, x: ValueId, ids: ValueId): ValueId {
+    const specs = Array.from(
+      { length: this.#config.experts?.count ?? 0 },
+      (_, expert) => this.#specs.get(key(role, layer, expert)) as TensorSpec,
+    );
+    const first = specs[0] as TensorSpec;
+    const formats = new Set(specs.map((spec) => formatOrNone(this.#options.activationFormat(spec))));
+    if (formats.size > 1) {
+      const reason = "its experts share the input of a layer, so that they take one format";
+      throw new FewbitError("quantize/layer", { layer: first.name, config: [...formats].join(", "), reason });
+    }
+    const weights = specs.map(({ expert }) => this.matrix(role, layer, expert));
+    return this.#g.one("moe_linear", [this.#quantize(first, x), ids, ...weights], {}, `layer${layer}.${role}`);
+  }
+
+  /** One quantize node an input and format: q, k and v share theirs. */
+  #quantize(spec: TensorSpec, x: ValueId): ValueId {
+    const format = this.#options.activationFormat(spec);
+    if (format === null) return x;
+    const known = `${x} ${formatKey(format)}`;
+    const input = this.#quantized.get(known) ?? this.#g.one("quantize", [x], { format }, `quantize.${spec.name}`);
+    this.#quantized.set(known, input);
+    return input;
+  }
 }
 
-/** Radians a position of pair i, by `config.rope`. */
-function ropeFrequency({ rope: { theta, scaling }, headDim }: DecoderConfig, i: number): number {
-  const frequency = theta ** ((-2 * i) / headDim);
-  if (scaling === null) return frequency;
-  const { factor, lowFrequency, highFrequency, originalContext } = scaling;
-  const turns = (originalContext * frequency) / (2 * Math.PI);
-  const kept = Math.min(Math.max((turns - lowFrequency) / (highFrequency - lowFrequency), 0), 1);
-  return frequency * (kept + (1 - kept) / factor);
+const key = (role: TensorRole, layer: number | null, expert: number | null) => `${role} ${layer ?? ""} ${expert ?? ""}`;
+const formatOrNone = (format: Format | null) => (format === null ? "none" : formatKey(format));
+
+interface Attention {
+  readonly config: DecoderConfig;
+  readonly options: DecoderOptions;
+  readonly angles: readonly ValueId[];
+}
+
+/** Attention over a layer's cache, without the output projection: x [T, H] -> [T, heads * D]. */
+function attention(
+  g: GraphBuilder,
+  w: Weights,
+  { config, options, angles }: Attention,
+  layer: number,
+  { window, rope }: LayerConfig,
+  x: ValueId,
+): ValueId {
+  const name = (what: string) => `layer${layer}.${what}`;
+  const { heads, kvHeads, headDim } = config;
+  const [q, k, v] = (["q", "k", "v"] as const).map((role) => w.linear(role, layer, x)) as [ValueId, ValueId, ValueId];
+  const normedQ = w.norm("qNorm", layer, q, name("q_norm"), heads * headDim);
+  const normedK = w.norm("kNorm", layer, k, name("k_norm"), kvHeads * headDim);
+  const turn = (value: ValueId, count: number, what: string): ValueId => {
+    const table = rope === null ? undefined : angles[rope];
+    if (rope === null || table === undefined) return value;
+    const { rotary } = config.ropes[rope] as DecoderConfig["ropes"][number];
+    const attrs = { heads: count, position: PAST, ...(rotary === headDim ? {} : { rotary }) };
+    return g.one("rope", [value, table], attrs, name(what));
+  };
+  const turnedQ = turn(normedQ, heads, "rope.q");
+  const turnedK = turn(normedK, kvHeads, "rope.k");
+  const slots = window === null ? options.capacity : ringCapacity(window, options.maxTokens, options.capacity);
+  const ring = slots < options.capacity;
+  const cache = (what: string) => g.state(name(what), stored(options.kvFormat, [kvHeads, slots, headDim]));
+  const [keys, values] = [cache("k_cache"), cache("v_cache")];
+  const allKeys = g.one("kv_write", [keys, turnedK], { position: PAST, ring }, name("k_write"));
+  const allValues = g.one("kv_write", [values, v], { position: PAST, ring }, name("v_write"));
+  const { scale, softcap } = config.attention;
+  const attrs = {
+    ...{ heads, kvHeads, scale, causal: true, position: PAST },
+    ...(softcap === null ? {} : { softcap }),
+    ...(window === null ? {} : { window, ring }),
+  };
+  return g.one("sdpa", [turnedQ, allKeys, allValues], attrs, name("sdpa"));
+}
+
+const DENSE_MLP = ["gate", "up", "down"] as const;
+const SHARED_MLP = ["sharedGate", "sharedUp", "sharedDown"] as const;
+
+/** down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate. */
+function mlp(
+  g: GraphBuilder,
+  w: Weights,
+  [gate, up, down]: readonly [TensorRole, TensorRole, TensorRole],
+  fn: UnaryFn,
+  layer: number,
+  x: ValueId,
+): ValueId {
+  const name = (what: string) => `layer${layer}.${gate === "gate" ? what : `shared.${what}`}`;
+  if (!w.has(gate, layer))
+    return w.linear(down, layer, g.one("unary", [w.linear(up, layer, x)], { fn }, name("activation")));
+  const [left, right] = [w.linear(gate, layer, x), w.linear(up, layer, x)];
+  const active = g.one("unary", [left], { fn }, name("activation"));
+  return w.linear(down, layer, g.one("binary", [active, right], { fn: "mul" }, name("gated")));
+}
+
+/** A mixture of experts, with a shared one where the model has it. */
+function experts(g: GraphBuilder, w: Weights, config: DecoderConfig, layer: number, x: ValueId): ValueId {
+  const name = (what: string) => `layer${layer}.${what}`;
+  const { active: top, normalize } = config.experts as NonNullable<DecoderConfig["experts"]>;
+  const [ids, gates] = g.op("moe_route", [w.linear("router", layer, x)], { top, normalize }, name("route")) as [
+    ValueId,
+    ValueId,
+  ];
+  const [left, right] = [w.expertLinear("expertGate", layer, x, ids), w.expertLinear("expertUp", layer, x, ids)];
+  const active = g.one("unary", [left], { fn: config.activation }, name("activation"));
+  const gated = g.one("binary", [active, right], { fn: "mul" }, name("gated"));
+  const down = w.expertLinear("expertDown", layer, gated, ids);
+  const sum = g.one("moe_combine", [down, gates], {}, name("experts"));
+  if (!w.has("sharedRouter", layer)) return sum;
+  const weight = g.one("unary", [w.linear("sharedRouter", layer, x)], { fn: "sigmoid" }, name("shared.gate"));
+  const shared = mlp(g, w, SHARED_MLP, config.activation, layer, x);
+  const share = g.one("moe_combine", [shared, weight], {}, name("shared"));
+  return g.one("binary", [sum, share], { fn: "add" }, name("experts_and_shared"));
 }

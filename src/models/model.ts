@@ -1,25 +1,46 @@
 import { f32FromBits } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import type { Format } from "../formats/format.js";
-import { openCheckpoint } from "../io/checkpoint.js";
-import { type MemoryInput, openDirectory, readJson } from "../io/source.js";
-import { checkSettings, packSettings, type SampleSettings } from "../ir/sample.js";
-import type { DenseTensor } from "../ir/tensor.js";
+import { type ModelFolder, type ModelFolderOptions, openModelFolder } from "../io/model-folder.js";
+import { openWeights } from "../io/quantized.js";
+import type { TensorStore } from "../io/safetensors.js";
+import { readJson } from "../io/source.js";
+import type { Graph } from "../ir/graph.js";
+import {
+  adjustLogits,
+  checkLogitSettings,
+  checkSettings,
+  type LogitSettings,
+  leavesLogits,
+  logProbability,
+  packSettings,
+  type SampleSettings,
+  sampleToken,
+} from "../ir/sample.js";
+import type { DenseTensor, HostTensor } from "../ir/tensor.js";
 import type { QuantizeConfig } from "../quantize/configs.js";
 import { parseQuantizeName } from "../quantize/names.js";
 import type { Device, Program } from "../runtime/device.js";
+import { stopScanner } from "../text/stop.js";
 import { loadTokenizer, type Tokenizer } from "../text/tokenizer.js";
 import { type AttentionMode, withAttention } from "./attention.js";
-import { type DecoderConfig, parseConfig, tensorSpecs } from "./config.js";
-import { buildDecoder, decoderBuckets, PAST, ROPE_TABLE, ropeTable, TOKENS } from "./decoder.js";
+import { type DecoderConfig, parseConfig, type TensorSpec, tensorSpecs } from "./config.js";
+import { buildDecoder, decoderBuckets, PAST, ropeTables, TOKENS } from "./decoder.js";
 import { kvFormat } from "./kvcache.js";
 import { checkContext } from "./outline.js";
-import { planWeights } from "./weights.js";
+import { planWeights, type Replacement, replaceWeights } from "./weights.js";
 
 export interface LoadModelOptions {
   readonly device: Device;
   /** A short name such as `int4wo-64`, a config, a map of layer patterns to configs, or `none` (default). */
   readonly quantize?: string | QuantizeConfig | ReadonlyMap<string, QuantizeConfig | null> | null;
+  /**
+   * Leave a checkpoint that holds quantized linears entirely as it is stored (default false: `quantize` applies to the linears
+   * that it holds as floats; those that are quantized are never quantized again).
+   */
+  readonly keepQuantized?: boolean;
+  /** Tensors in place of the checkpoint's, from `calibrate` with the same `quantize`. */
+  readonly replace?: Replacement;
   /** Tokens that the KV cache holds; default: the model's context length. */
   readonly context?: number;
   /** Prompt tokens of one run at most (default 128): longer prompts run in several. */
@@ -28,6 +49,8 @@ export interface LoadModelOptions {
   readonly kv?: Format | string;
   /** `float8` computes attention in e4m3, with a cache of its own format (default auto: as the cache is stored). */
   readonly attention?: AttentionMode;
+  /** How a model that is not on this machine is downloaded and kept. */
+  readonly source?: ModelFolderOptions;
   readonly signal?: AbortSignal;
   readonly onProgress?: (progress: LoadProgress) => void;
 }
@@ -39,13 +62,23 @@ export interface LoadProgress {
   readonly what: string;
 }
 
-export interface GenerateOptions extends Partial<Omit<SampleSettings, "step">> {
+export interface GenerateOptions extends Partial<Omit<SampleSettings, "step">>, Partial<LogitSettings> {
   /** Tokens to make at most (default 64). */
   readonly maxTokens?: number;
   readonly signal?: AbortSignal;
   /** Go on after an end-of-text token (default false). */
   readonly ignoreEos?: boolean;
+  /** The text ends before the first of these strings. */
+  readonly stop?: readonly string[];
+  /**
+   * Keep what the KV cache holds of the prompt from the generation before and run only the rest (default false). A prompt that is run in
+   * other pieces may differ in its last bits, and per-tensor activation scales are those of a piece.
+   */
+  readonly reuseCache?: boolean;
 }
+
+/** Why a generation ended: `length` (maxTokens, or the context is full), `eos` (an end-of-text token), `stop` (a stop string). */
+export type FinishReason = "length" | "eos" | "stop";
 
 /** One generated token. `text` is what can be shown so far: characters split over tokens come with their last one. */
 export interface GeneratedToken {
@@ -56,7 +89,11 @@ export interface GeneratedToken {
 }
 
 export interface GenerateStatistics {
+  /** Null when it was aborted, or the caller left. */
+  readonly finish: FinishReason | null;
   readonly promptTokens: number;
+  /** Those of them that were in the KV cache already. */
+  readonly cachedTokens: number;
   readonly promptSeconds: number;
   readonly tokens: number;
   readonly decodeSeconds: number;
@@ -68,14 +105,68 @@ export interface GenerateStatistics {
  * Loads a model folder (Hugging Face `config.json`, `tokenizer.json`, `tokenizer_config.json`, safetensors) onto a device,
  * quantizing layer by layer. Throws coded errors for anything missing, malformed or unsupported; nothing stays loaded then.
  */
-export async function loadModel(
-  folder: string | URL | ReadonlyMap<string, MemoryInput>,
+export async function loadModel(folder: ModelFolder, options: LoadModelOptions): Promise<Model> {
+  const { config, tokenizer, program, capacity, maxTokens } = await loadDecoder(folder, options, "last");
+  return new Model(config, tokenizer, program, capacity, maxTokens);
+}
+
+export type { ModelFolder } from "../io/model-folder.js";
+
+/** A decoder's program on a device, with what is needed to feed it. */
+export interface LoadedDecoder {
+  readonly config: DecoderConfig;
+  readonly tokenizer: Tokenizer;
+  readonly program: Program;
+  /** Tokens that the KV cache holds. */
+  readonly capacity: number;
+  /** Tokens of one run at most. */
+  readonly maxTokens: number;
+}
+
+/**
+ * `loadModel` without the `Model`: with logits of the last token (and a draw from them), or of all tokens of a run.
+ */
+export async function loadDecoder(
+  folder: ModelFolder,
   options: LoadModelOptions,
-): Promise<Model> {
-  const { signal, device } = options;
+  logits: "last" | "all",
+): Promise<LoadedDecoder> {
+  const { signal, device, onProgress } = options;
+  await using opened = await openDecoder(folder, options, logits);
+  const { config, tokenizer, graph, capacity, maxTokens, specs } = opened;
+  const names = new Set(specs.map(({ name }) => name));
+  let loaded = 0;
+  const program = await device.compile(graph, {
+    buckets: decoderBuckets(capacity),
+    ...(signal && { signal }),
+    weights: async (name) => {
+      if (names.has(name)) onProgress?.({ stage: "quantize", done: loaded++, total: names.size, what: name });
+      return opened.load(name);
+    },
+    onProgress: (done, total) => onProgress?.({ stage: "upload", done, total, what: "weights" }),
+  });
+  return { config, tokenizer, program, capacity, maxTokens };
+}
+
+/** A decoder whose checkpoint is open and checked, before anything is on a device. */
+export interface OpenedDecoder extends Omit<LoadedDecoder, "program">, AsyncDisposable {
+  readonly graph: Graph;
+  readonly specs: readonly TensorSpec[];
+  readonly checkpoint: TensorStore;
+  /** A weight of the graph by name, quantized. */
+  load(name: string): Promise<HostTensor>;
+}
+
+export async function openDecoder(
+  folder: ModelFolder,
+  options: Omit<LoadModelOptions, "device">,
+  logits: "last" | "all",
+): Promise<OpenedDecoder> {
+  const { signal } = options;
   const open = signal === undefined ? {} : { signal };
-  const directory = await openDirectory(folder, open);
-  const config = parseConfig(await readJson(directory, "config.json", open));
+  const directory = await openModelFolder(folder, { ...downloadReport(options), ...open, ...options.source });
+  const json = await readJson(directory, "config.json", open);
+  const config = parseConfig(json);
   const tokenizer = loadTokenizer(
     await readJson(directory, "tokenizer.json", open),
     await readJson(directory, "tokenizer_config.json", open),
@@ -85,36 +176,56 @@ export async function loadModel(
   checkCount("prefillChunk", chunk);
   const selection =
     typeof options.quantize === "string" ? parseQuantizeName(options.quantize) : (options.quantize ?? null);
-  await using checkpoint = await openCheckpoint(directory, open);
-  const specs = tensorSpecs(config);
-  const weights = planWeights(checkpoint, specs, selection);
-  const maxTokens = Math.min(chunk, capacity);
-  const { kv = "none", attention = "auto" } = options;
-  const decoder = buildDecoder(config, {
-    weightFormat: weights.weightFormat,
-    activationFormat: weights.activationFormat,
-    kvFormat: typeof kv === "string" ? kvFormat(kv) : kv,
-    maxTokens,
-    capacity,
-    logits: "last",
-  });
-  const graph = withAttention(decoder, attention);
-  const byName = new Map(specs.map((spec) => [spec.name, spec]));
-  let loaded = 0;
-  const program = await device.compile(graph, {
-    buckets: decoderBuckets(capacity),
-    ...open,
-    weights: async (name) => {
-      if (name === ROPE_TABLE)
-        return { dtype: "f32", shape: [capacity, config.headDim], data: ropeTable(config, capacity) };
-      const spec = byName.get(name);
-      if (spec === undefined) throw new FewbitError("model/missing-tensor", { name, path: checkpoint.name });
-      options.onProgress?.({ stage: "quantize", done: loaded++, total: specs.length, what: name });
-      return weights.load(spec, open);
-    },
-    onProgress: (done, total) => options.onProgress?.({ stage: "upload", done, total, what: "weights" }),
-  });
-  return new Model(config, tokenizer, program, capacity, maxTokens);
+  const checkpoint = await openWeights(directory, json.quantization_config, open);
+  try {
+    const specs = tensorSpecs(config);
+    const kept = options.keepQuantized === true && (checkpoint.stored?.size ?? 0) > 0;
+    if (kept && selection !== null)
+      options.source?.onNotice?.("the checkpoint is quantized already and stays as it is stored");
+    const plan = planWeights(checkpoint, specs, kept ? null : selection);
+    const weights = replaceWeights(plan, options.replace ?? new Map());
+    const maxTokens = Math.min(chunk, capacity);
+    const { kv = "none", attention = "auto" } = options;
+    const decoder = buildDecoder(config, {
+      weightFormat: weights.weightFormat,
+      activationFormat: weights.activationFormat,
+      kvFormat: typeof kv === "string" ? kvFormat(kv) : kv,
+      maxTokens,
+      capacity,
+      logits,
+    });
+    const byName = new Map(specs.map((spec) => [spec.name, spec]));
+    const tables = ropeTables(config, capacity);
+    return {
+      config,
+      tokenizer,
+      checkpoint,
+      specs,
+      graph: withAttention(decoder, attention),
+      capacity,
+      maxTokens,
+      load: async (name) => {
+        const table = tables.get(name);
+        if (table !== undefined) return table;
+        const spec = byName.get(name);
+        if (spec === undefined) throw new FewbitError("model/missing-tensor", { name, path: checkpoint.name });
+        return weights.load(spec, open);
+      },
+      [Symbol.asyncDispose]: () => checkpoint[Symbol.asyncDispose](),
+    };
+  } catch (error) {
+    await checkpoint[Symbol.asyncDispose]();
+    throw error;
+  }
+}
+
+/** Downloads as progress: bytes that are here, and the speed in words. */
+function downloadReport({ onProgress }: Omit<LoadModelOptions, "device">): ModelFolderOptions {
+  if (onProgress === undefined) return {};
+  return {
+    onDownload: ({ name, done, total, rate }) =>
+      onProgress({ stage: "read", done, total, what: `${name} ${(rate / 1e6).toFixed(1)} MB/s` }),
+  };
 }
 
 function checkCount(name: string, value: number): void {
@@ -131,6 +242,8 @@ export class Model implements Disposable {
   readonly capacity: number;
   readonly #chunk: number;
   #busy = false;
+  /** Tokens whose keys and values are in the cache. */
+  #cached: number[] = [];
   #statistics: GenerateStatistics | null = null;
 
   constructor(config: DecoderConfig, tokenizer: Tokenizer, program: Program, capacity: number, chunk: number) {
@@ -166,9 +279,10 @@ export class Model implements Disposable {
         expected: "a non-negative integer",
       });
     }
-    const { temperature = 0, topK = 0, topP = 1, seed = 0 } = options;
+    const { temperature = 0, topK = 0, topP = 1, seed = 0, repetitionPenalty = 1, minP = 0 } = options;
     const settings = { temperature, topK, topP, seed, step: 0 };
     checkSettings(settings);
+    checkLogitSettings({ repetitionPenalty, minP });
     this.#checkPrompt(ids);
     if (this.#busy) throw new FewbitError("model/busy", {});
     this.#busy = true;
@@ -183,7 +297,7 @@ export class Model implements Disposable {
   async logits(ids: readonly number[]): Promise<Float32Array> {
     this.#checkPrompt(ids);
     if (this.#busy) throw new FewbitError("model/busy", {});
-    this.#prefill(ids, { temperature: 0, topK: 0, topP: 1, seed: 0, step: 0 });
+    this.#prefill(ids, 0, { temperature: 0, topK: 0, topP: 1, seed: 0, step: 0 });
     return ((await this.program.executable.read("logits")) as DenseTensor).data as Float32Array;
   }
 
@@ -199,65 +313,105 @@ export class Model implements Disposable {
     prompt: readonly number[],
     maxTokens: number,
     settings: SampleSettings,
-    { signal, ignoreEos = false }: GenerateOptions,
+    options: GenerateOptions,
   ): AsyncGenerator<GeneratedToken> {
+    const { signal, ignoreEos = false, stop = [], reuseCache = false, repetitionPenalty = 1, minP = 0 } = options;
     throwIfAborted(signal, "generation");
     const { executable } = this.program;
-    const stops = new Set(ignoreEos ? [] : [...this.config.eosIds, ...this.tokenizer.eosIds]);
+    const ends = new Set(ignoreEos ? [] : [...this.config.eosIds, ...this.tokenizer.eosIds]);
     const stream = this.tokenizer.stream();
+    const scanner = stopScanner(stop);
+    const logitSettings = { repetitionPenalty, minP };
+    const seen = new Set(repetitionPenalty === 1 ? [] : prompt);
     const start = performance.now();
     const limit = Math.min(maxTokens, this.capacity - prompt.length + 1);
+    const cachedTokens = reuseCache ? this.#cachedPrefix(prompt) : 0;
+    let finish: FinishReason | null = limit > 0 ? null : "length";
     let promptSeconds = 0;
     let tokens = 0;
+    let previous = 0;
     // Counted up to the last token given: a run that an abort overtakes is left out.
     let before = executable.statistics;
     let after = before;
-    const finish = () => {
+    try {
+      if (limit > 0) this.#prefill(prompt, cachedTokens, settings);
+      for (let step = 0; step < limit; step++) {
+        if (step > 0) {
+          executable.write("settings", settingsTensor({ ...settings, step }));
+          executable.submit({ [TOKENS]: 1, [PAST]: prompt.length + step - 1 });
+          this.#cached.push(previous);
+        }
+        const { id, logprob } = leavesLogits(logitSettings)
+          ? await this.#drawn()
+          : await this.#draw(seen, logitSettings, { ...settings, step });
+        if (step === 0) {
+          promptSeconds = (performance.now() - start) / 1000;
+          before = executable.statistics;
+        }
+        throwIfAborted(signal, "generation");
+        tokens++;
+        after = executable.statistics;
+        const piece = scanner.push(ends.has(id) ? stream.flush() : stream.push(id));
+        if (scanner.stopped) finish = "stop";
+        else if (ends.has(id)) finish = "eos";
+        else if (step + 1 === limit) finish = "length";
+        const rest = finish === null || scanner.stopped ? "" : scanner.push(stream.flush()) + scanner.flush();
+        yield { id, text: piece + rest, logprob };
+        if (finish !== null) return;
+        previous = id;
+        if (repetitionPenalty !== 1) seen.add(id);
+        throwIfAborted(signal, "generation");
+      }
+    } finally {
       this.#statistics = {
+        finish,
         promptTokens: prompt.length,
+        cachedTokens,
         promptSeconds,
         tokens,
         decodeSeconds: (performance.now() - start) / 1000 - promptSeconds,
         decodeDispatches: after.dispatches - before.dispatches,
         encodeSeconds: after.encodeSeconds - before.encodeSeconds,
       };
-    };
-    try {
-      if (limit > 0) this.#prefill(prompt, settings);
-      for (let step = 0; step < limit; step++) {
-        if (step > 0) {
-          executable.write("settings", settingsTensor({ ...settings, step }));
-          executable.submit({ [TOKENS]: 1, [PAST]: prompt.length + step - 1 });
-        }
-        const sampled = ((await executable.read("sampled")) as DenseTensor).data;
-        if (step === 0) {
-          promptSeconds = (performance.now() - start) / 1000;
-          before = executable.statistics;
-        }
-        throwIfAborted(signal, "generation");
-        const id = sampled[0] as number;
-        tokens++;
-        after = executable.statistics;
-        const last = stops.has(id) || step + 1 === limit;
-        const text = stops.has(id) ? stream.flush() : stream.push(id) + (last ? stream.flush() : "");
-        yield { id, text, logprob: f32FromBits(sampled[1] as number) };
-        if (last) return;
-        throwIfAborted(signal, "generation");
-      }
-    } finally {
-      finish();
     }
   }
 
-  /** Runs the prompt through the cache; the last run draws from its last token. */
-  #prefill(ids: readonly number[], settings: SampleSettings): void {
+  /** The token that the device drew: eight bytes. */
+  async #drawn(): Promise<{ id: number; logprob: number }> {
+    const sampled = ((await this.program.executable.read("sampled")) as DenseTensor).data;
+    return { id: sampled[0] as number, logprob: f32FromBits(sampled[1] as number) };
+  }
+
+  /** Draws on the host from logits that the device's sampler does not know how to adjust: a readback of all logits a token. */
+  async #draw(seen: ReadonlySet<number>, logitSettings: LogitSettings, settings: SampleSettings) {
+    const { executable } = this.program;
+    const logits = ((await executable.read("logits")) as DenseTensor).data as Float32Array;
+    const { id } = sampleToken(adjustLogits(logits, seen, logitSettings, settings.temperature), settings);
+    executable.write("ids", { dtype: "i32", shape: [1], data: Int32Array.of(id) });
+    return { id, logprob: logProbability(logits, id) };
+  }
+
+  /** How many of the first `ids` the cache holds; not the last, whose run gives the logits. */
+  #cachedPrefix(ids: readonly number[]): number {
+    const cached = this.#cached;
+    let length = 0;
+    while (length < ids.length - 1 && length < cached.length && ids[length] === cached[length]) length++;
+    // A ring may have given the slots of earlier tokens to later ones.
+    const ring = this.program.plan.graph.nodes.some((node) => node.op === "kv_write" && node.attrs.ring);
+    return ring && length < cached.length ? 0 : length;
+  }
+
+  /** Runs ids from position `from` on through the cache; the last run draws from its last token. */
+  #prefill(ids: readonly number[], from: number, settings: SampleSettings): void {
     const { executable } = this.program;
     executable.write("settings", settingsTensor(settings));
-    for (let begin = 0; begin < ids.length; begin += this.#chunk) {
+    this.#cached = ids.slice(0, from);
+    for (let begin = from; begin < ids.length; begin += this.#chunk) {
       const part = Int32Array.from(ids.slice(begin, begin + this.#chunk));
       executable.write("ids", { dtype: "i32", shape: [part.length], data: part });
       executable.submit({ [TOKENS]: part.length, [PAST]: begin });
     }
+    this.#cached = [...ids];
   }
 
   #checkPrompt(ids: readonly number[]): void {

@@ -47,7 +47,8 @@ export function outlineModel(json: Readonly<Record<string, unknown>>, options: O
   const config = parseConfig(json);
   const context = checkContext(config, options.context);
   const specs = tensorSpecs(config);
-  const quantize = options.quantize === undefined ? null : parseQuantizeName(options.quantize);
+  const name = savedName(json.quantization_config) ?? options.quantize;
+  const quantize = name === undefined ? null : parseQuantizeName(name);
   const weights = planWeights(imaginedStore(specs, json.dtype ?? json.torch_dtype), specs, quantize);
   const graph = withAttention(
     buildDecoder(config, {
@@ -86,12 +87,27 @@ export function checkContext(config: DecoderConfig, context = config.contextLeng
   throw new FewbitError("argument/invalid", { name: "context", value: context, expected });
 }
 
+/**
+ * The name that a checkpoint of `fewbit quantize` was quantized with. Throws `model/unsupported` for other quantized ones: which of
+ * their layers are quantized is said by the weights' files.
+ */
+function savedName(config: unknown): string | undefined {
+  if (config === undefined || config === null) return undefined;
+  const { quant_method, quantize } = config as Readonly<Record<string, unknown>>;
+  if (quant_method === "fewbit" && typeof quantize === "string") return quantize;
+  throw new FewbitError("model/unsupported", {
+    what: "outline of a checkpoint quantized by",
+    value: String(quant_method),
+    supported: ["fewbit", "an unquantized one"],
+  });
+}
+
 /** A checkpoint that has every tensor and no data. */
 function imaginedStore(specs: readonly TensorSpec[], name: unknown): TensorStore {
   const dtype = Object.hasOwn(DTYPES, String(name)) ? DTYPES[name as keyof typeof DTYPES] : "BF16";
   const nothing = () =>
     Promise.reject(new FewbitError("io/not-found", { path: "config.json", reason: "it holds no tensors" }));
-  const tensors = new Map(specs.map((spec) => [spec.name, { name: spec.name, dtype, shape: spec.shape, bytes: 0 }]));
+  const tensors = new Map(specs.map(({ source: { name, shape } }) => [name, { name, dtype, shape, bytes: 0 }]));
   return {
     name: "config.json",
     tensors: tensors as unknown as TensorStore["tensors"],

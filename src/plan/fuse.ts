@@ -19,6 +19,8 @@ interface View {
 interface Fusion {
   readonly name: string;
   readonly kind: StepKind;
+  /** Done only where a kernel of the device takes the step (`KernelRow.fusions`). */
+  readonly optional?: true;
   match(view: View, index: number): number[] | null;
 }
 
@@ -31,6 +33,12 @@ function soleReader(view: View, id: ValueId, op: Node["op"]): number | null {
   const index = readers[0];
   if (readers.length !== 1 || index === undefined || !view.free(index) || nodeAt(view, index).op !== op) return null;
   return index;
+}
+
+/** The activation that alone reads a linear; a soft-cap, which has a number of its own, stays a step. */
+function activationOf(view: View, linear: Node): number | null {
+  const index = soleReader(view, result(linear), "unary");
+  return index === null || (nodeAt(view, index) as Node<"unary">).attrs.fn === "softcap" ? null : index;
 }
 
 function weightFormat(view: View, node: Node): string {
@@ -78,6 +86,16 @@ function sameRows(view: View, group: readonly number[]): boolean {
   return formats.size === 1 && rows.size === 1;
 }
 
+/** The quantize that alone reads a value and chooses its codes row by row, so that a row can be made and quantized at once. */
+function rowQuantizeOf(view: View, id: ValueId): number | null {
+  const index = soleReader(view, id, "quantize");
+  if (index === null) return null;
+  const { format, heads } = (nodeAt(view, index) as Node<"quantize">).attrs;
+  // An nf4 scale is quantized together with those of other rows.
+  const byRow = format.rule.kind !== "nf4" && format.scales.every(({ block }) => block[0] === 1);
+  return byRow && heads === undefined ? index : null;
+}
+
 /** The fusions, in the order they are tried. */
 export const FUSIONS: readonly Fusion[] = [
   {
@@ -86,7 +104,7 @@ export const FUSIONS: readonly Fusion[] = [
     match: (view, index) => {
       const gate = nodeAt(view, index);
       if (gate.op !== "linear") return null;
-      const activation = soleReader(view, result(gate), "unary");
+      const activation = activationOf(view, gate);
       if (activation === null) return null;
       const product = soleReader(view, result(nodeAt(view, activation)), "binary");
       if (product === null) return null;
@@ -108,7 +126,7 @@ export const FUSIONS: readonly Fusion[] = [
       const group = siblings(view, index).filter((other) =>
         (view.readers.get(result(nodeAt(view, other))) ?? [-1]).every((reader) => {
           const op = view.graph.nodes[reader]?.op;
-          return op === "rope" || op === "kv_write" || op === "hadamard";
+          return op === "rope" || op === "kv_write" || op === "hadamard" || op === "rmsnorm";
         }),
       );
       return group.length > 1 && group.includes(index) && concatenable(view, group) ? group : null;
@@ -129,7 +147,7 @@ export const FUSIONS: readonly Fusion[] = [
     kind: "linear",
     match: (view, index) => {
       if (nodeAt(view, index).op !== "linear") return null;
-      const unary = soleReader(view, result(nodeAt(view, index)), "unary");
+      const unary = activationOf(view, nodeAt(view, index));
       return unary === null ? null : [index, unary];
     },
   },
@@ -155,10 +173,52 @@ export const FUSIONS: readonly Fusion[] = [
       return count.rope === 2 && count.kv_write === 2 && sameRows(view, group) ? group : null;
     },
   },
+  {
+    name: "rmsnorm+quantize",
+    kind: "quantize",
+    optional: true,
+    match: (view, index) => {
+      const norm = nodeAt(view, index);
+      if (norm.op !== "rmsnorm" || (norm.attrs.groups ?? 1) !== 1) return null;
+      const quantize = rowQuantizeOf(view, result(norm));
+      return quantize === null ? null : [index, quantize];
+    },
+  },
+  {
+    name: "activation*mul+quantize",
+    kind: "quantize",
+    optional: true,
+    match: (view, index) => {
+      if (nodeAt(view, index).op !== "unary") return null;
+      const product = soleReader(view, result(nodeAt(view, index)), "binary");
+      const node = product === null ? null : (nodeAt(view, product) as Node<"binary">);
+      if (product === null || node?.attrs.fn !== "mul" || node.inputs[0] === node.inputs[1]) return null;
+      const quantize = rowQuantizeOf(view, result(node));
+      return quantize === null ? null : [index, product, quantize];
+    },
+  },
+  {
+    name: "activation+quantize",
+    kind: "quantize",
+    optional: true,
+    match: (view, index) => {
+      if (nodeAt(view, index).op !== "unary") return null;
+      const quantize = rowQuantizeOf(view, result(nodeAt(view, index)));
+      return quantize === null ? null : [index, quantize];
+    },
+  },
 ];
 
-/** Groups a graph's nodes into steps, in an order that respects every dependency. `enabled: false` makes one step a node. */
-export function fuse(graph: Graph, enabled = true): Step[] {
+const OPTIONAL: ReadonlySet<string> = new Set(FUSIONS.flatMap(({ name, optional }) => (optional ? [name] : [])));
+
+/** Whether a step of this fusion may be given only to kernels that name it. */
+export const isOptional = (fusion: string | undefined): boolean => fusion !== undefined && OPTIONAL.has(fusion);
+
+/**
+ * Groups a graph's nodes into steps, in an order that respects every dependency. `enabled: false` makes one step a node; `admits`
+ * says whether a kernel of the device takes a step of an optional fusion.
+ */
+export function fuse(graph: Graph, enabled = true, admits: (step: Step) => boolean = () => false): Step[] {
   const groupOf = new Map<number, number>();
   const groups: { indices: number[]; fusion: Fusion | undefined }[] = [];
   const view = viewOf(graph, groupOf);
@@ -170,7 +230,8 @@ export function fuse(graph: Graph, enabled = true): Step[] {
     for (let index = 0; index < graph.nodes.length; index++) {
       if (!view.free(index)) continue;
       const indices = fusion.match(view, index);
-      if (indices !== null) claim(indices, fusion);
+      if (indices === null) continue;
+      if (!fusion.optional || admits(makeStep(graph, view, indices, fusion, groups.length))) claim(indices, fusion);
     }
   }
   for (let index = 0; index < graph.nodes.length; index++) if (view.free(index)) claim([index], undefined);

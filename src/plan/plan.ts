@@ -7,7 +7,7 @@ import type { Dim, Graph, Value } from "../ir/graph.js";
 import { typeBytes } from "../ir/tensor.js";
 import { fuse } from "./fuse.js";
 import { type MemoryPlan, planMemory } from "./memory.js";
-import { type Choice, type KernelRow, type NotConsidered, select, showExplanation } from "./select.js";
+import { admitsFusion, type Choice, type KernelRow, type NotConsidered, select, showExplanation } from "./select.js";
 import { BoundStep, type Step } from "./step.js";
 
 /** The kernels chosen for runs whose symbols do not exceed `symbols`. */
@@ -61,8 +61,10 @@ export function makePlan(
   device: { readonly kernels: readonly KernelRow[]; readonly capabilities: Capabilities },
   options: PlanOptions = {},
 ): Plan {
-  const steps = fuse(graph, options.fuse ?? true);
   const limits = [...(options.buckets ?? []).map((symbols) => ({ ...graph.symbols, ...symbols })), graph.symbols];
+  const steps = fuse(graph, options.fuse ?? true, (step) =>
+    limits.every((symbols) => admitsFusion(new BoundStep(graph, step, symbols), device.kernels, device.capabilities)),
+  );
   const buckets = limits.map((symbols) => ({
     symbols,
     choices: steps.map((step) =>

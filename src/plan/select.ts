@@ -1,6 +1,7 @@
 import type { Capabilities } from "../backends/backend.js";
 import { FewbitError } from "../core/errors.js";
 import { roundUp } from "../core/shape.js";
+import { isOptional } from "./fuse.js";
 import type { BoundStep, StepKind } from "./step.js";
 
 /** Something a kernel needs. `unmet` answers with null, or with the reason in words. */
@@ -14,6 +15,8 @@ export interface KernelRow {
   readonly id: string;
   readonly kind: StepKind;
   readonly requires: readonly Requirement[];
+  /** The optional fusions (`plan/fuse.ts`) whose steps the kernel takes; steps are fused so where such a row admits them. */
+  readonly fusions?: readonly string[];
   /** The fractions of the device's bandwidth and arithmetic that the kernel reaches on large inputs; they only rank. */
   readonly efficiency: { readonly bandwidth: number; readonly compute: number };
   /** The kernel computes whole tiles of this many rows of its first output, so few rows cost as much as a tile. */
@@ -86,6 +89,11 @@ export function select(
   };
 }
 
+/** Whether a kernel takes the step of an optional fusion. */
+export function admitsFusion(bound: BoundStep, kernels: readonly KernelRow[], device: Capabilities): boolean {
+  return kernels.some((kernel) => kernel.kind === bound.step.kind && firstUnmet(kernel, bound, device) === null);
+}
+
 interface Cost {
   readonly seconds: number;
   readonly bound: Explanation["bound"];
@@ -102,6 +110,9 @@ function estimate(kernel: KernelRow, bound: BoundStep, device: Capabilities): Co
 }
 
 function firstUnmet(kernel: KernelRow, bound: BoundStep, device: Capabilities): string | null {
+  const { fusion } = bound.step;
+  if (fusion !== undefined && isOptional(fusion) && !kernel.fusions?.includes(fusion))
+    return `it does not take steps of ${fusion}`;
   for (const requirement of kernel.requires) {
     const reason = requirement.unmet(bound, device);
     if (reason !== null) return reason;

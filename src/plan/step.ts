@@ -8,10 +8,14 @@ import { typeBytes } from "../ir/tensor.js";
 export type StepKind =
   | "embedding"
   | "rmsnorm"
+  | "layernorm"
   | "linear"
   | "conv2d"
   | "rope_kv"
   | "sdpa"
+  | "moe_route"
+  | "moe_linear"
+  | "moe_combine"
   | "elementwise"
   | "quantize"
   | "dequantize"
@@ -35,12 +39,16 @@ export interface Step {
 const KIND_OF: Readonly<Record<Node["op"], StepKind>> = {
   embedding: "embedding",
   rmsnorm: "rmsnorm",
+  layernorm: "layernorm",
   linear: "linear",
   conv2d: "conv2d",
   rope: "rope_kv",
   hadamard: "rope_kv",
   kv_write: "rope_kv",
   sdpa: "sdpa",
+  moe_route: "moe_route",
+  moe_linear: "moe_linear",
+  moe_combine: "moe_combine",
   unary: "elementwise",
   binary: "elementwise",
   quantize: "quantize",
@@ -52,6 +60,9 @@ const KIND_OF: Readonly<Record<Node["op"], StepKind>> = {
 export function kindOf(node: Node): StepKind {
   return KIND_OF[node.op];
 }
+
+/** Operands that a description names: a mixture of experts has one for each. */
+const SHOWN = 10;
 
 /** A step under concrete extents: what kernels ask about. */
 export class BoundStep {
@@ -80,10 +91,13 @@ export class BoundStep {
     return concreteShape(this.type(id).shape, this.symbols);
   }
 
-  /** Bytes that the step must move once: everything it reads and writes. */
+  /** Bytes that the step must move once: everything it reads and writes; of experts, as many as there are slots for them. */
   get bytes(): number {
-    const all = new Set([...this.step.inputs, ...this.step.outputs]);
-    return [...all].reduce((sum, id) => sum + typeBytes(this.type(id), this.symbols), 0);
+    const { kind, inputs, outputs } = this.step;
+    const size = (ids: readonly ValueId[]) => ids.reduce((sum, id) => sum + typeBytes(this.type(id), this.symbols), 0);
+    const experts = kind === "moe_linear" ? inputs.filter((id) => this.graph.values[id]?.role === "weight") : [];
+    const others = [...new Set([...inputs, ...outputs])].filter((id) => !experts.includes(id));
+    return size(others) + size(experts) * Math.min(1, this.outputRows / Math.max(experts.length, 1));
   }
 
   get flops(): number {
@@ -111,7 +125,8 @@ export class BoundStep {
 
   describe(): string {
     const { id, kind, nodes, inputs, fusion } = this.step;
-    const operands = inputs.map((input) => `${this.name(input)} ${showType(this.type(input))}`);
+    const operands = inputs.slice(0, SHOWN).map((input) => `${this.name(input)} ${showType(this.type(input))}`);
+    if (inputs.length > SHOWN) operands.push(`${inputs.length - SHOWN} more`);
     const how = fusion === undefined ? "" : `  (${fusion}: ${nodes.map((node) => node.op).join("+")})`;
     return `${kind} #${id}${how}  ${operands.join(", ")}`;
   }

@@ -1,7 +1,8 @@
 import { FewbitError } from "../core/errors.js";
 import { extentOf, type Format, withScale } from "../formats/format.js";
-import { dequantize, type QuantizedTensor, scaleValues, zeroValues } from "../formats/tensor.js";
+import { dequantize, type QuantizedTensor, scaleValues } from "../formats/tensor.js";
 import { type QuantizeOptions, quantizeTensor, requireBlocks } from "./quantize.js";
+import { type GroupParameters, groupParameters } from "./ranges.js";
 
 /** The second moment of a layer's inputs, gathered batch by batch (specification 17.3). */
 export class Hessian {
@@ -41,6 +42,11 @@ export interface GptqOptions extends QuantizeOptions {
   readonly percdamp?: number;
   /** Columns whose errors are spread at once. Default 256. */
   readonly blockSize?: number;
+  /**
+   * Try narrower ranges for each group's scales and take those with the least error, weighted by the Hessian's diagonal (default
+   * false: torchao takes the whole range).
+   */
+  readonly searchRange?: boolean;
 }
 
 /**
@@ -63,6 +69,7 @@ export function gptqQuantize(
   const w = Float64Array.from(weight);
   const { damped, dead } = prepare(hessian, percdamp);
   for (const column of dead) for (let row = 0; row < n; row++) w[row * k + column] = 0;
+  const diagonal = Float64Array.from({ length: k }, (_, i) => damped[i * k + i] as number);
   const u = inverseFactor(damped, k);
   const perTensor = tensorScale(weight, shape, format, options);
   const literal = options.numerics === "torchao";
@@ -75,7 +82,8 @@ export function gptqQuantize(
     for (let column = begin; column < end; column++) {
       if (column % groupSize === 0) {
         const stop = literal ? Math.min(column + groupSize, end) : column + groupSize;
-        chooseGroup(w, shape, column, stop, format, { ...options, ...perTensor }, chosen, column / groupSize, groups);
+        const place = { index: column / groupSize, count: groups };
+        chooseGroup(w, shape, [column, stop], format, { ...options, ...perTensor }, chosen, place, diagonal);
       }
       const group = Math.floor(column / groupSize);
       const given = columnOf(chosen, group, groups, n);
@@ -113,24 +121,21 @@ function tensorScale(weight: Float32Array, shape: readonly [number, number], for
 function chooseGroup(
   w: Float64Array,
   [n, k]: readonly [number, number],
-  begin: number,
-  end: number,
+  [begin, end]: readonly [begin: number, end: number],
   format: Format,
-  options: QuantizeOptions,
-  chosen: { scale: Float32Array; zero: Float32Array },
-  group: number,
-  groups: number,
+  { searchRange = false, ...options }: GptqOptions,
+  chosen: GroupParameters,
+  { index, count }: { readonly index: number; readonly count: number },
+  diagonal: Float64Array,
 ): void {
   const width = end - begin;
-  const part = Float32Array.from(
-    { length: n * width },
-    (_, i) => w[Math.floor(i / width) * k + begin + (i % width)] as number,
-  );
-  const made = quantizeTensor(part, [n, width], "f32", withScale(format, { block: [1, "all"] }), options);
-  const [scales, zeros] = [scaleValues(made, 0), zeroValues(made)];
+  const part = new Float32Array(n * width);
+  for (let row = 0; row < n; row++) part.set(w.subarray(row * k + begin, row * k + end), row * width);
+  const importance = searchRange ? diagonal.subarray(begin, end) : undefined;
+  const found = groupParameters(part, width, format, options, importance);
   for (let row = 0; row < n; row++) {
-    chosen.scale[row * groups + group] = scales[row] as number;
-    chosen.zero[row * groups + group] = zeros[row] ?? 0;
+    chosen.scale[row * count + index] = found.scale[row] as number;
+    chosen.zero[row * count + index] = found.zero[row] as number;
   }
 }
 

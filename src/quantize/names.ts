@@ -157,6 +157,21 @@ export function listQuantizeNames(): string[] {
   );
 }
 
+/** The names of an accuracy table: `none`, then every family with the sizes that people use, widest first. */
+export const ACCURACY_NAMES: readonly string[] = [
+  "none",
+  ...["int8wo", "int8wo-tensor", "int8wo-32", "int8wo-64", "int8wo-128", "int8dq", "int8dq-asym", "int8dq-tensor"],
+  ...["uint8wo", "uint8dq", "8da8w", "intx8wo-row", "intx8wo-64", "intx7wo-64", "intx6wo-64", "intx5wo-64"],
+  ...["float8wo", "float8wo-tensor", "float8dq-row", "float8dq-tensor", "mxfp8wo", "mxfp8"],
+  ...["mxfp6-e2m3wo", "mxfp6-e2m3", "mxfp6-e3m2wo", "mxfp6-e3m2", "fp6wo", "fpx-e2m3wo"],
+  ...["int4wo-32", "int4wo-64", "int4wo-128", "int4wo-256", "int4wo-64-plain"],
+  ...["int4wo-32-hqq", "int4wo-64-hqq", "int4wo-128-hqq", "int4wo-256-hqq", "uint4wo-64", "uint4dq-64"],
+  ...["intx4wo-32", "intx4wo-64", "intx4wo-128", "intx4wo-256", "intx4wo-row"],
+  ...["intx4wo-64-asym", "intx4wo-64-nce", "intx4wo-64-hqq", "8da4w-32", "8da4w-64", "8da4w-128", "8da4w-256"],
+  ...["float8-int4-128", "nvfp4wo", "nvfp4dq", "mxfp4wo", "mxfp4", "nf4-64", "codebook-4-64"],
+  ...["intx3wo-64", "intx3wo-row", "intx2wo-64"],
+];
+
 /**
  * The config of a short name such as `int4wo-64` (the names of the CLI's `--quantize`); null for `none`. Throws
  * `argument/unknown-name` with the nearest names, and `argument/invalid` for a number that the family cannot take.

@@ -15,7 +15,7 @@ import type { HostTensor } from "../ir/tensor.js";
 import { explainPlan, makePlan, type Plan, type PlanOptions } from "../plan/plan.js";
 import type { Rejection } from "../plan/select.js";
 
-/** The backends there are. `cuda` needs the native addon, which is not part of this version. */
+/** The backends there are. `cuda` needs Node, the native addon (`npm run build:native`) and an NVIDIA GPU. */
 export type BackendName = "webgpu" | "reference" | "cuda";
 
 export interface OpenOptions extends WebGpuOptions {
@@ -39,16 +39,16 @@ export async function open(options: OpenOptions = {}): Promise<Device> {
     try {
       return new Device(await openBackend(name, options), notConsidered);
     } catch (error) {
-      if (!(error instanceof FewbitError) || error.code !== "device/unavailable") throw error;
-      notConsidered.push({
-        id: `${name}/*`,
-        reason: `not considered: ${(error as FewbitError<"device/unavailable">).context.reason}`,
-      });
+      const reason = whyAbsent(error);
+      if (reason === null) throw error;
+      notConsidered.push({ id: `${name}/*`, reason: `not considered: ${reason}` });
       failures.push(error);
     }
   }
   const reason = notConsidered.map(({ id, reason }) => `${id} ${reason}`).join("; ");
   const first = failures[0];
+  // Asked for alone, an addon that does not fit is an error of its own.
+  if (failures.length === 1 && first instanceof FewbitError && first.code === "build/addon-mismatch") throw first;
   const hint = first instanceof FewbitError ? first.hint : undefined;
   throw new FewbitError(
     "device/unavailable",
@@ -57,10 +57,25 @@ export async function open(options: OpenOptions = {}): Promise<Device> {
   );
 }
 
-async function openBackend(name: BackendName, options: OpenOptions): Promise<BackendDevice> {
+/** Why an error means that a backend is not here, or null when it means something else. */
+export function whyAbsent(error: unknown): string | null {
+  if (!(error instanceof FewbitError)) return null;
+  if (error.code === "device/unavailable") return (error as FewbitError<"device/unavailable">).context.reason;
+  return error.code === "build/addon-mismatch" ? error.message : null;
+}
+
+/** Opens a device of one backend. Throws `device/unavailable`, and for `cuda` also `build/addon-mismatch`. */
+export async function openBackend(name: BackendName, options: OpenOptions = {}): Promise<BackendDevice> {
   if (name === "reference") return openReference();
   if (name === "webgpu") return openWebGpu(options);
-  throw new FewbitError("device/unavailable", { backend: name, reason: "the native addon is not built" });
+  if (typeof process === "undefined" || process.versions?.node === undefined)
+    throw new FewbitError("device/unavailable", {
+      backend: name,
+      reason: "it needs Node: addons do not load in a web page",
+    });
+  // Reached by import() alone: it is no part of what a web page loads.
+  const { openCuda } = await import("../backends/native/device.js");
+  return openCuda();
 }
 
 export interface CompileOptions extends LoadOptions, PlanOptions {

@@ -3,7 +3,7 @@ import { blockGrid, codecBits, formatKey } from "../formats/format.js";
 import { unpackFlat } from "../formats/pack.js";
 import { dequantize, type QuantizedTensor } from "../formats/tensor.js";
 import { type DenseTensor, type HostTensor, isDense } from "../ir/tensor.js";
-import type { Allowed } from "./bounds.js";
+import { type Allowed, halfUlp } from "./bounds.js";
 
 /** The element that is worst off. */
 export interface Deviation {
@@ -55,13 +55,43 @@ export function judge(allowed: Allowed, got: HostTensor): Verdict {
   }
 }
 
-/** Each element's error as a fraction of its bound, for pictures. */
-export function fractions(allowed: Allowed, got: HostTensor): Float32Array {
-  if (allowed.kind !== "near") return Float32Array.of(judge(allowed, got).worst);
-  const data = (got as DenseTensor).data;
-  return Float32Array.from(allowed.values, (value, i) =>
-    fraction(data[i] as number, value, allowed.error[i] as number),
-  );
+/** Every element's error, for pictures; both arrays are empty for a drawn token, which has no error. */
+export interface Deviations {
+  /** As a fraction of the bound; infinite where an exact result is another. */
+  readonly fractions: Float32Array;
+  /** Signed, in units in the last place of the expected value as float32. Stored tensors are compared decoded. */
+  readonly ulps: Float32Array;
+}
+
+/** Compares as `judge` does, element by element. */
+export function deviations(allowed: Allowed, got: HostTensor): Deviations {
+  const [data, expected, error] = valuesOf(allowed, got);
+  const each = (value: (got: number, expected: number, bound: number) => number) =>
+    Float32Array.from(expected, (e, i) => value(data[i] ?? Number.NaN, e, error?.[i] ?? 0));
+  return {
+    fractions: each(fraction),
+    ulps: each((value, e) => (fraction(value, e, 1) === 0 ? 0 : (value - e) / (2 * halfUlp(e)))),
+  };
+}
+
+type Values = ArrayLike<number>;
+
+function valuesOf(allowed: Allowed, got: HostTensor): readonly [got: Values, expected: Values, error: Values | null] {
+  if (allowed.kind === "drawn") return [[], [], null];
+  if (allowed.kind === "near") return [(got as DenseTensor).data, allowed.values, allowed.error];
+  const { tensor } = allowed;
+  if (isDense(tensor)) return [(got as DenseTensor).data, tensor.data, null];
+  return [dequantize(got as QuantizedTensor), dequantize(tensor), allowed.kind === "stored" ? allowed.error : null];
+}
+
+/**
+ * The bits of a result that has one right answer, in the parts that every backend stores alike: an array's elements; codes, scales
+ * and zero points. Null where more than one answer is right.
+ */
+export function exactBits(allowed: Allowed, got: HostTensor): Uint8Array[] | null {
+  if (allowed.kind !== "equal" && !(allowed.kind === "stored" && allowed.error.every((e) => e === 0))) return null;
+  const parts = isDense(got) ? [got.data] : storedCodes(got);
+  return parts.map(({ buffer, byteOffset, byteLength }) => new Uint8Array(buffer, byteOffset, byteLength));
 }
 
 /** NaN only for NaN, an infinity only for that infinity. */

@@ -15,8 +15,9 @@ export interface Stored {
 
 /**
  * The bound of `tensor`, which holds the rounded exact values: an element whose source is off by e decodes to at most e and one
- * step between neighbouring codes away (two where the zero point is rounded as well). `errorsOf` gives the errors of a row's
- * source, or null for a row that was not written.
+ * step between neighbouring codes away (two where the zero point is rounded as well). Its block's scale follows extremes that are off
+ * themselves, which moves no value of the block further than the extremes (twice as far between two of them). `errorsOf` gives the
+ * errors of a row's source, or null for a row that was not written.
  */
 export function storeBound(tensor: QuantizedTensor, errorsOf: (row: number) => Float64Array | null): Stored {
   const { format, shape } = tensor;
@@ -33,9 +34,10 @@ export function storeBound(tensor: QuantizedTensor, errorsOf: (row: number) => F
   for (let row = 0; row < rows; row++) {
     const errors = errorsOf(row);
     if (errors === null || errors.every((e) => e === 0)) continue;
+    const moved = levels.length === 0 ? 0 : steps * errors.reduce((a, b) => Math.max(a, b), 0);
     for (let i = 0; i < k; i++) {
       const scale = levels.reduce((product, level) => product * level(row, i), 1);
-      error[row * k + i] = (errors[i] as number) + steps * step(row * k + i) * Math.abs(scale);
+      error[row * k + i] = (errors[i] as number) + moved + steps * step(row * k + i) * Math.abs(scale);
     }
   }
   return { kind: "stored", tensor, error };

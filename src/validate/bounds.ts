@@ -1,4 +1,3 @@
-import { sizeOf } from "../core/shape.js";
 import { blockGrid, extentOf, type Format } from "../formats/format.js";
 import { dequantize, type QuantizedTensor, scaleGranularity, zeroValues } from "../formats/tensor.js";
 import { keyRowOf, sdpaBound } from "../ir/attention.js";
@@ -6,44 +5,39 @@ import { cacheRows } from "../ir/attention-shape.js";
 import { evaluateConv } from "../ir/conv.js";
 import { evaluateNode, exactValues, type Symbols, UNARY } from "../ir/evaluate.js";
 import { concreteShape, type Node, type TensorType } from "../ir/graph.js";
-import { type OpAttrs, type OpName, shapeRows, type UnaryFn } from "../ir/ops.js";
+import { type OpAttrs, type OpName, shapeRows } from "../ir/ops.js";
 import { copyTensor, type DenseTensor, type HostTensor, isDense } from "../ir/tensor.js";
-import { type Drawn, drawnOf } from "./bounds-sample.js";
-import { type Stored, storeBound } from "./bounds-stored.js";
+import { moeCombineBound, moeLinearBound, moeRouteBound } from "./bounds-moe.js";
+import {
+  type Allowed,
+  type Equal,
+  floats,
+  halfUlp,
+  type Near,
+  near,
+  result,
+  TINY,
+  tensorOf,
+  U,
+} from "./bounds-near.js";
+import { layernormBound, rmsnormBound } from "./bounds-norm.js";
+import { drawnOf } from "./bounds-sample.js";
+import { storeBound } from "./bounds-stored.js";
+import { UNARY_BOUNDS } from "./bounds-unary.js";
 
-/** The unit roundoff of float32: one correctly rounded operation is off by at most U times its result. */
-export const U = 2 ** -24;
-/** One ulp is at most this part of a number; WGSL states accuracies in ulp. */
-const ULP = 2 * U;
-/** WGSL may flush a result below this to zero. */
-export const TINY = 2 ** -126;
-
-/** float32 results: exact values in float64 and how far from each a correct backend may be. */
-export interface Near {
-  readonly kind: "near";
-  readonly shape: readonly number[];
-  readonly values: Float64Array;
-  readonly error: Float64Array;
-}
-/** Results that have one right answer. */
-export interface Equal {
-  readonly kind: "equal";
-  readonly tensor: HostTensor;
-}
-/** What a correct backend may answer. docs/numerics.md derives every bound. */
-export type Allowed = Near | Equal | Stored | Drawn;
+export {
+  type Allowed,
+  type Equal,
+  halfUlp,
+  type Near,
+  TINY,
+  U,
+} from "./bounds-near.js";
 
 export function exactly(tensor: HostTensor): Allowed {
   if (!isDense(tensor) || tensor.dtype !== "f32") return { kind: "equal", tensor };
   const values = Float64Array.from(tensor.data);
   return { kind: "near", shape: tensor.shape, values, error: new Float64Array(values.length) };
-}
-
-/** Half an ulp of a float32 result that is `value`, or anything within `slack` of it. */
-export function halfUlp(value: number, slack = 0): number {
-  const magnitude = Math.abs(value) + slack;
-  if (!(magnitude >= TINY)) return TINY;
-  return 2 ** (Math.floor(Math.log2(magnitude)) - 24) || TINY;
 }
 
 /**
@@ -68,22 +62,6 @@ type Rule<Op extends OpName> = (
   node: Node,
 ) => Allowed[];
 
-const near = (allowed: Allowed | undefined): Near => {
-  if (allowed?.kind === "near") return allowed;
-  throw new Error("a float32 operand is expected");
-};
-const tensorOf = (allowed: Allowed | undefined): HostTensor => {
-  if (allowed?.kind === "equal") return allowed.tensor;
-  if (allowed?.kind === "near") return { dtype: "f32", shape: allowed.shape, data: Float32Array.from(allowed.values) };
-  throw new Error("an exact operand is expected");
-};
-const floats = (allowed: Allowed | undefined): Float64Array => near(allowed).values;
-const result = (shape: readonly number[], value: (i: number) => readonly [value: number, error: number]): Near[] => {
-  const count = sizeOf(shape);
-  const [values, error] = [new Float64Array(count), new Float64Array(count)];
-  for (let i = 0; i < count; i++) [values[i], error[i]] = value(i) as [number, number];
-  return [{ kind: "near", shape, values, error }];
-};
 const exact: Rule<OpName> = (operands, _attrs, symbols, types, node) =>
   evaluateNode(node, operands.map(tensorOf), symbols, types).map((tensor) => ({ kind: "equal", tensor }));
 
@@ -106,18 +84,23 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     ]);
   },
 
-  /** One decoded element, times the embedding's scale. */
-  embedding: ([ids, table], { scale = 1 }) => {
+  /** One decoded element, times the embedding's scale (itself rounded), plus a learned position. */
+  embedding: ([ids, table, positions], { scale = 1, position = "" }, symbols) => {
     const tensor = tensorOf(table) as QuantizedTensor;
     const [vocabulary, width] = tensor.shape;
     const rows = (tensorOf(ids) as DenseTensor).data;
     const [values, sizes] = [exactValues(tensor), magnitudes(tensor)];
-    const roundings = decodeRoundings(tensor.format) + (scale === 1 ? 0 : 1);
+    const roundings = decodeRoundings(tensor.format) + (scale === 1 ? 0 : 1) + (Math.fround(scale) === scale ? 0 : 1);
+    const learned = positions === undefined ? null : near(positions);
+    const first = (symbols[position] ?? 0) * width;
     return result([rows.length, width], (i) => {
       const row = Math.min(Math.max(rows[Math.floor(i / width)] as number, 0), vocabulary - 1);
       const at = row * width + (i % width);
       const value = (values[at] as number) * scale;
-      return [value, roundings * U * (sizes[at] as number) * Math.abs(scale) + halfUlp(value)];
+      const off = roundings * U * (sizes[at] as number) * Math.abs(scale) + halfUlp(value);
+      if (learned === null) return [value, off];
+      const sum = value + (learned.values[first + i] as number);
+      return [sum, off + (learned.error[first + i] as number) + halfUlp(sum, off)];
     });
   },
 
@@ -132,53 +115,50 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     ]);
   },
 
-  /** A sum of squares, a mean, a root, a reciprocal, two products: every part's relative error adds up. */
-  rmsnorm: ([x, weight], { eps }) => {
-    const [source, gain] = [near(x), near(weight)];
-    const [rows, width] = shapeRows(source.shape);
-    const factors = Array.from({ length: rows }, (_, row) => {
-      let [sum, slack] = [0, 0];
-      for (let i = row * width; i < (row + 1) * width; i++) {
-        sum += (source.values[i] as number) ** 2;
-        slack += 2 * Math.abs(source.values[i] as number) * (source.error[i] as number);
-      }
-      const mean = sum / width + eps;
-      const relative = (2 * Math.sqrt(width) + 1) * U + ACCURACY.divide + 2 * U + slack / width / mean;
-      return [1 / Math.sqrt(mean), relative / 2 + ACCURACY.sqrt + ACCURACY.divide] as const;
-    });
-    return result(source.shape, (i) => {
-      const [factor, relative] = factors[Math.floor(i / width)] as readonly [number, number];
-      const scale = factor * (gain.values[i % width] as number);
-      const value = (source.values[i] as number) * scale;
-      return [value, Math.abs(value) * (relative + U) + Math.abs(scale) * (source.error[i] as number) + halfUlp(value)];
-    });
+  rmsnorm: ([x, weight], { eps, groups = 1 }) => rmsnormBound(near(x), near(weight), eps, groups),
+
+  layernorm: ([x, weight, bias], { eps }) =>
+    layernormBound(near(x), near(weight), bias === undefined ? null : near(bias), eps),
+
+  moe_route: ([logits], attrs) => moeRouteBound(near(logits), attrs),
+
+  moe_linear: ([x, ids, ...weights], _attrs, _symbols, types) => {
+    const matrices = weights.map((weight) => tensorOf(weight) as QuantizedTensor);
+    const shared = (types[0] as TensorType).shape.length === 2;
+    const chosen = tensorOf(ids) as DenseTensor;
+    return moeLinearBound(x as Allowed, chosen, matrices.length, shared, (row, expert) =>
+      linear(row, matrices[expert] as QuantizedTensor, undefined),
+    );
   },
+
+  moe_combine: ([x, gates]) => moeCombineBound(near(x), near(gates)),
 
   /** Every sum and product is rounded to float32 in one order, on every backend alike. */
   hadamard: exact as Rule<"hadamard">,
 
   /** Rounded product by product as the definition does: exact on exact operands. */
-  rope: ([x, table], { heads, position, interleaved }, symbols, types, node) => {
+  rope: ([x, table], { heads, position, interleaved, ...attrs }, symbols, types, node) => {
     const source = near(x);
     const [value] = evaluateNode(node, [tensorOf(x), tensorOf(table)], symbols, types) as [DenseTensor];
     const width = shapeRows(source.shape)[1];
     const size = width / heads;
-    const half = size / 2;
+    const { rotary = size } = attrs;
+    const half = rotary / 2;
     const angles = floats(table);
     return result(source.shape, (i) => {
       const column = i % size;
+      const own = source.error[i] as number;
+      const turned = value.data[i] as number;
+      if (column >= rotary) return [source.values[i] as number, own];
       const pair = interleaved ? Math.floor(column / 2) : column % half;
       const first = interleaved ? column % 2 === 0 : column < half;
       const other = i + (interleaved ? 1 : half) * (first ? 1 : -1);
-      const [own, cross] = [source.error[i] as number, source.error[other] as number];
-      if (own === 0 && cross === 0) return [value.data[i] as number, 0];
-      const at = ((symbols[position] ?? 0) + Math.floor(i / width)) * size;
-      const [cos, sin] = [angles[at + pair] as number, angles[at + half + pair] as number];
+      const cross = source.error[other] as number;
+      if (own === 0 && cross === 0) return [turned, 0];
+      const at = ((symbols[position] ?? 0) + Math.floor(i / width)) * rotary + pair;
+      const [cos, sin] = [angles[at] as number, angles[at + half] as number];
       const size2 = Math.abs((source.values[i] as number) * cos) + Math.abs((source.values[other] as number) * sin);
-      return [
-        value.data[i] as number,
-        2 * U * size2 + Math.abs(cos) * own + Math.abs(sin) * cross + 2 * halfUlp(value.data[i] as number),
-      ];
+      return [turned, 2 * U * size2 + Math.abs(cos) * own + Math.abs(sin) * cross + 2 * halfUlp(turned)];
     });
   },
 
@@ -208,14 +188,14 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     ];
   },
 
-  unary: ([a], { fn }) => {
+  unary: ([a], { fn, cap = 1 }) => {
     const source = near(a);
     const { slope, own } = UNARY_BOUNDS[fn];
     return result(source.shape, (i) => {
       const input = source.values[i] as number;
-      const value = UNARY[fn](input);
+      const value = UNARY[fn](input, cap);
       const passed = slope * (source.error[i] as number);
-      return [value, passed + own(input, value) + halfUlp(value, passed)];
+      return [value, passed + own(input, value, cap) + halfUlp(value, passed)];
     });
   },
 
@@ -249,59 +229,6 @@ const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
     const [, ids] = exact(operands, attrs, symbols, types, node) as [Equal, Equal];
     const drawn = drawnOf(floats(operands[0]), (tensorOf(operands[1]) as DenseTensor).data as Uint32Array);
     return [drawn, { ...drawn, ids: ids.tensor as DenseTensor }];
-  },
-};
-
-/** Accuracies that WGSL states ("Accuracy of Concrete Floating Point Expressions"), as relative errors. */
-const ACCURACY = {
-  /** 2.5 ulp. */
-  divide: 2.5 * ULP,
-  /** Inherited from 1 / inverseSqrt(x): 2 ulp and a division. */
-  sqrt: 2 * ULP + 2.5 * ULP,
-  /** 3 + 2 |x| ulp. */
-  exp: (x: number) => (3 + 2 * Math.abs(x)) * ULP,
-  /** An absolute error. */
-  tanh: 1e-5,
-} as const;
-
-interface UnaryBound {
-  /** The largest slope of the function (its Lipschitz constant). */
-  readonly slope: number;
-  /** The error of computing it, beside the final rounding. */
-  own(x: number, y: number): number;
-}
-
-const UNARY_BOUNDS: Readonly<Record<UnaryFn, UnaryBound>> = {
-  relu: { slope: 1, own: () => 0 },
-  silu: {
-    slope: 1.1,
-    // x / (1 + e): e is off by exp's accuracy, the sum by a rounding, the quotient by a division's accuracy. Beyond 2^126 a
-    // divisor has no stated accuracy; the result is then below 88 * 2^-126.
-    own: (x, y) => {
-      const e = Math.exp(-x);
-      return Math.abs(y) * ((e / (1 + e)) * ACCURACY.exp(x) + U + ACCURACY.divide) + (x < -87 ? 128 * TINY : 0);
-    },
-  },
-  gelu_tanh: {
-    slope: 1.13,
-    // tanh(g) within 1e-5, moved by g's own six roundings (its slope is 1 - tanh^2); then a sum and two products.
-    own: (x, y) => {
-      const g = Math.sqrt(2 / Math.PI) * (Math.abs(x) + 0.044715 * Math.abs(x) ** 3);
-      const moved = (1 - Math.tanh(g) ** 2) * 6 * U * g;
-      return 0.5 * Math.abs(x) * (ACCURACY.tanh + moved + U) + 2 * U * Math.abs(y);
-    },
-  },
-  gelu: {
-    slope: 1.13,
-    // x/2 * erfc(-x / sqrt 2) = t exp(-z^2 + p(t)), or 2 minus it: the approximation's 1.2e-7, the exponent's error (5 roundings
-    // of z^2; Horner's 18 over coefficients that sum to 7.3, and t's own 6 through p' <= 4), exp's accuracy, t's and a product.
-    own: (x, y) => {
-      const z = Math.abs(x) / Math.SQRT2;
-      const exponent = 5 * z * z * U + (18 * 7.3 + 4 * 6) * U;
-      const tail = 1.2e-7 + exponent + ACCURACY.exp(z * z + 1.3) + 7 * U;
-      const erfc = x >= 0 ? 2 - (2 * y) / (x || 1) : (2 * y) / x;
-      return 0.5 * Math.abs(x) * (Math.abs(erfc) * tail + U) + 2 * U * Math.abs(y);
-    },
   },
 };
 

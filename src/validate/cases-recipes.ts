@@ -1,83 +1,13 @@
-import { sizeOf } from "../core/shape.js";
-import type { Format } from "../formats/format.js";
 import { FORMATS } from "../formats/table.js";
-import type { Symbols } from "../ir/evaluate.js";
-import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
-import type { BinaryFn, OpName, UnaryFn } from "../ir/ops.js";
+import { dense, stored, type ValueId } from "../ir/graph.js";
+import type { OpName } from "../ir/ops.js";
 import { packSettings } from "../ir/sample.js";
 import type { HostTensor } from "../ir/tensor.js";
-import type { Row } from "./cases.js";
-import { normals, random, randomTensor, seedOf } from "./cases-random.js";
+import { random, randomTensor, seedOf } from "./cases-random.js";
+import { LAYER_RECIPES } from "./cases-recipes-layer.js";
+import { angles, at, floats, positions, type Recipe, Sketch, tokens, x } from "./cases-sketch.js";
 
-export interface Settings {
-  readonly temperature: number;
-  readonly topK: number;
-  readonly topP: number;
-}
-
-/** What a row may say beside shapes. */
-export interface Options {
-  readonly bias?: boolean;
-  readonly residual?: boolean;
-  readonly unary?: UnaryFn;
-  /** silu(gate) * up, with this activation. */
-  readonly gated?: UnaryFn;
-  /** Three linears of one input, then rope and the cache. */
-  readonly qkv?: boolean;
-  readonly binary?: BinaryFn;
-  /** Both operands are the same value. */
-  readonly same?: boolean;
-  readonly scale?: number;
-  readonly causal?: boolean;
-  readonly settings?: Settings;
-}
-
-/** How rows of one op become graphs and inputs. */
-export interface Recipe {
-  /** The graph's symbols out of a run's. */
-  symbols(run: Symbols): Symbols;
-  build(row: Row, max: Symbols, seed: number): { graph: Graph; weights: ReadonlyMap<string, HostTensor> };
-  inputs(row: Row, run: Symbols, seed: number): Readonly<Record<string, HostTensor>>;
-}
-
-/** A graph under construction together with its seeded weights. */
-class Sketch {
-  readonly graph: GraphBuilder;
-  readonly weights = new Map<string, HostTensor>();
-  readonly #seed: number;
-
-  constructor(symbols: Symbols, seed: number) {
-    this.graph = new GraphBuilder({ ...symbols });
-    this.#seed = seed;
-  }
-
-  matrix(name: string, format: Format, shape: readonly [rows: number, k: number]): ValueId {
-    this.weights.set(name, randomTensor(format, shape, seedOf(this.#seed, name)));
-    return this.graph.weight(name, stored(format, shape));
-  }
-
-  vector(name: string, shape: readonly number[], values?: (index: number) => number): ValueId {
-    const count = sizeOf(shape);
-    const data =
-      values === undefined
-        ? normals(random(seedOf(this.#seed, name)), count)
-        : Float32Array.from({ length: count }, (_, i) => values(i));
-    this.weights.set(name, { dtype: "f32", shape, data });
-    return this.graph.weight(name, dense("f32", shape));
-  }
-
-  done(outputs: Readonly<Record<string, ValueId>>): { graph: Graph; weights: ReadonlyMap<string, HostTensor> } {
-    for (const [name, id] of Object.entries(outputs)) this.graph.output(name, id);
-    return { graph: this.graph.build(), weights: this.weights };
-  }
-}
-
-const at = (shape: Row["shape"], name: string): number => shape[name] as number;
-const floats = (shape: readonly number[], seed: number, spread = 1): HostTensor => ({
-  dtype: "f32",
-  shape,
-  data: normals(random(seed), sizeOf(shape), spread),
-});
+export type { Options, Settings } from "./cases-sketch.js";
 
 /** Logits without outliers, so that many tokens have a share worth drawing. */
 function logits(vocabulary: number, seed: number): HostTensor {
@@ -89,24 +19,9 @@ function logits(vocabulary: number, seed: number): HostTensor {
   };
 }
 
-const tokens = ({ T }: Symbols): Symbols => ({ T: T as number });
-const positions = ({ T, P }: Symbols): Symbols => ({ T: T as number, P: P as number });
-
-/** Cosines and sines of 64 positions, as models make them. */
-function angles(sketch: Sketch, size: number, count: number): ValueId {
-  return sketch.vector("angles", [count, size], (i) => {
-    const [position, column] = [Math.floor(i / size), i % size];
-    const angle = position * 10000 ** ((-2 * (column % (size / 2))) / size);
-    return column < size / 2 ? Math.cos(angle) : Math.sin(angle);
-  });
-}
-
-/** x [T, width] with the value the op needs; everything random. */
-const x =
-  (width: number, spread = 1) =>
-  (_: Row, run: Symbols, seed: number) => ({ x: floats([run.T as number, width], seed, spread) });
-
 export const RECIPES: Readonly<Record<OpName, Recipe>> = {
+  ...LAYER_RECIPES,
+
   linear: {
     symbols: (run) => (run.P === undefined ? tokens(run) : positions(run)),
     build: (row, max, seed) => {
@@ -172,13 +87,15 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
   },
 
   embedding: {
-    symbols: tokens,
+    symbols: (run) => (run.P === undefined ? tokens(run) : positions(run)),
     build: ({ format, shape, options }, max, seed) => {
       const sketch = new Sketch(max, seed);
       const ids = sketch.graph.input("ids", dense("i32", ["T"]));
       const table = sketch.matrix("table", format, [at(shape, "rows"), at(shape, "k")]);
       const attrs = options?.scale === undefined ? {} : { scale: options.scale };
-      return sketch.done({ y: sketch.graph.one("embedding", [ids, table], attrs) });
+      if (max.P === undefined) return sketch.done({ y: sketch.graph.one("embedding", [ids, table], attrs) });
+      const learned = sketch.vector("positions", [24, at(shape, "k")]);
+      return sketch.done({ y: sketch.graph.one("embedding", [ids, table, learned], { ...attrs, position: "P" }) });
     },
     // The first and the last row, one out of range on either side (they clamp), one drawn.
     inputs: ({ shape }, run, seed) => {
@@ -192,17 +109,6 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
         },
       };
     },
-  },
-
-  rmsnorm: {
-    symbols: tokens,
-    build: ({ shape }, max, seed) => {
-      const sketch = new Sketch(max, seed);
-      const width = at(shape, "width");
-      const input = sketch.graph.input("x", dense("f32", ["T", width]));
-      return sketch.done({ y: sketch.graph.one("rmsnorm", [input, sketch.vector("gain", [width])], { eps: 1e-5 }) });
-    },
-    inputs: (row, run, seed) => x(at(row.shape, "width"))(row, run, seed),
   },
 
   hadamard: {
@@ -223,11 +129,13 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       const sketch = new Sketch(max, seed);
       const { graph } = sketch;
       const [heads, size] = [at(shape, "heads"), at(shape, "size")];
-      const table = angles(sketch, size, 24);
+      const { rotary } = shape;
+      const table = angles(sketch, rotary ?? size, 24);
+      const attrs = { position: "P", ...(rotary === undefined ? {} : { rotary }) };
       const q = graph.one(
         "rope",
         [graph.input("x", dense("f32", ["T", heads * size])), table],
-        { heads, position: "P" },
+        { heads, ...attrs },
         "rope.q",
       );
       const { kvHeads, capacity } = shape;
@@ -235,7 +143,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       // A layer's whole group: two ropes and two cache writes.
       const k = graph.input("k", dense("f32", ["T", kvHeads * size]));
       const v = graph.input("v", dense("f32", ["T", kvHeads * size]));
-      const turned = graph.one("rope", [k, table], { heads: kvHeads, position: "P" }, "rope.k");
+      const turned = graph.one("rope", [k, table], { heads: kvHeads, ...attrs }, "rope.k");
       const caches = ["k_cache", "v_cache"].map((name) => graph.state(name, stored(format, [kvHeads, capacity, size])));
       const keys = graph.one("kv_write", [caches[0] as ValueId, turned], { position: "P" }, "k_write");
       const values = graph.one("kv_write", [caches[1] as ValueId, v], { position: "P" }, "v_write");
@@ -300,16 +208,6 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
     },
   },
 
-  unary: {
-    symbols: tokens,
-    build: ({ shape, options }, max, seed) => {
-      const sketch = new Sketch(max, seed);
-      const input = sketch.graph.input("x", dense("f32", ["T", at(shape, "width")]));
-      return sketch.done({ y: sketch.graph.one("unary", [input], { fn: options?.unary ?? "relu" }) });
-    },
-    inputs: (row, run, seed) => x(at(row.shape, "width"), 4)(row, run, seed),
-  },
-
   binary: {
     symbols: tokens,
     build: ({ shape, options }, max, seed) => {
@@ -327,13 +225,22 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
 
   quantize: {
     symbols: tokens,
-    build: ({ format, shape }, max, seed) => {
+    build: ({ format, shape, options = {} }, max, seed) => {
       const sketch = new Sketch(max, seed);
-      const input = sketch.graph.input("x", dense("f32", ["T", at(shape, "k")]));
-      return sketch.done({ y: sketch.graph.one("quantize", [input], { format }) });
+      const { graph } = sketch;
+      const k = at(shape, "k");
+      const type = dense("f32", ["T", k]);
+      let input = graph.input("x", type);
+      // What may be fused with it.
+      if (options.norm) input = graph.one("rmsnorm", [input, sketch.vector("norm", [k])], { eps: 1e-5 }, "normed");
+      const fn = options.unary ?? options.gated;
+      if (fn !== undefined) input = graph.one("unary", [input], { fn }, "active");
+      if (options.gated !== undefined)
+        input = graph.one("binary", [input, graph.input("up", type)], { fn: "mul" }, "gated");
+      return sketch.done({ y: graph.one("quantize", [input], { format }) });
     },
     // One row of zeros, one with a huge number, one of tiny numbers.
-    inputs: ({ shape }, run, seed) => {
+    inputs: ({ shape, options }, run, seed) => {
       const [rows, k] = [run.T as number, at(shape, "k")];
       const tensor = floats([rows, k], seed) as { dtype: "f32"; shape: number[]; data: Float32Array };
       if (rows > 3) {
@@ -341,7 +248,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
         tensor.data[2 * k + 5] = 3e4;
         for (let i = 3 * k; i < 4 * k; i++) tensor.data[i] = (tensor.data[i] as number) * 2 ** -20;
       }
-      return { x: tensor };
+      return { x: tensor, ...(options?.gated === undefined ? {} : { up: floats([rows, k], seed + 1) }) };
     },
   },
 

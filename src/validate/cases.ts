@@ -6,6 +6,7 @@ import type { Graph } from "../ir/graph.js";
 import type { OpName, UnaryFn } from "../ir/ops.js";
 import type { HostTensor } from "../ir/tensor.js";
 import { listQuantizeNames, parseQuantizeName } from "../quantize/names.js";
+import { expertRows } from "./cases-experts.js";
 import { seedOf } from "./cases-random.js";
 import * as recipes from "./cases-recipes.js";
 
@@ -173,6 +174,8 @@ function linearRows(formats: readonly Format[]): Row[] {
   add("tall_gated", int8, tall, { options: { gated: "silu", bias: true }, runs: short });
   add("tall_residual", bf16, tall, { options: { residual: true, bias: true }, runs: short });
   add("gated", int8, shape, { activation: int8, options: { gated: "silu" }, quick: true });
+  // More buffers than devices with default limits bind: kernels that bind them twice step back.
+  add("gated_bias", int8, shape, { activation: int8, options: { gated: "silu", bias: true }, quick: true });
   add("residual", int8, shape, { activation: int8_asymmetric, options: { residual: true } });
   add(
     "qkv",
@@ -195,10 +198,22 @@ function otherRows(formats: readonly Format[]): Row[] {
     add("quantize", "values", format, { k: 256 }, { quick: own, runs: [{ T: 5 }] });
     add("dequantize", "values", format, { rows: 6, k: 256 }, { quick: own, runs: [{}] });
   }
+  // What activations are quantized to on the fly, made by what usually makes them.
+  for (const format of new Map(
+    dynamicPairs(64, 256).map(({ activation }) => [formatKey(activation), activation]),
+  ).values()) {
+    if (!formats.some(({ name }) => name === format.name) || !fits(format, 256)) continue;
+    add("quantize", "norm", format, { k: 256 }, { options: { norm: true } });
+    add("quantize", "relu", format, { k: 256 }, { options: { unary: "relu" } });
+    add("quantize", "silu*mul", format, { k: 256 }, { options: { gated: "silu" } });
+  }
   add("embedding", "scaled_k36", f32, { rows: 9, k: 36 }, { options: { scale: 16 } });
   for (const width of [256, 64, 37, 1000]) add("rmsnorm", `h${width}`, f32, { width }, { quick: width !== 64 });
-  for (const fn of ["relu", "silu", "gelu", "gelu_tanh"] satisfies UnaryFn[])
+  add("rmsnorm", "heads", f32, { width: 48, groups: 4 });
+  for (const width of [256, 37]) add("layernorm", `h${width}`, f32, { width }, { options: { bias: width === 256 } });
+  for (const fn of ["relu", "silu", "gelu", "gelu_tanh", "sigmoid"] satisfies UnaryFn[])
     add("unary", fn, f32, { width: 333 }, { options: { unary: fn }, runs: [{ T: 5 }] });
+  add("unary", "softcap", f32, { width: 333 }, { options: { unary: "softcap", cap: 5 }, runs: [{ T: 5 }] });
   for (const fn of ["add", "mul"] as const) {
     add("binary", fn, f32, { width: 37 }, { options: { binary: fn }, runs: [{ T: 5 }] });
     add(
@@ -209,6 +224,7 @@ function otherRows(formats: readonly Format[]): Row[] {
       { options: { binary: fn, same: true }, runs: [{ T: 5 }], quick: false },
     );
   }
+  rows.push(...expertRows());
   const image = { channels: 32, out: 5, size: 6, groups: 1, stride: 1 };
   const { int4, int8_asymmetric } = FORMATS;
   for (const format of [f32, withScale(int4, { block: [1, 32] }), int8_asymmetric, FORMATS.mxfp8_e4m3]) {
@@ -227,6 +243,8 @@ function otherRows(formats: readonly Format[]): Row[] {
     { T: 5, P: 7 },
   ];
   add("rope", "heads", f32, { heads: 3, size: 16 }, { runs: positions });
+  add("rope", "partial", f32, { heads: 3, size: 16, rotary: 12 }, { runs: positions });
+  add("embedding", "learned_positions", f32, { rows: 67, k: 36 }, { runs: positions });
   add("hadamard", "heads", f32, { heads: 3, size: 64 }, { runs: positions });
   add("rope", "wide", f32, { heads: 2, size: 64 }, { runs: positions, quick: false });
   const { f16, bf16, int8, float8_e4m3 } = FORMATS;

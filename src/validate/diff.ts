@@ -14,7 +14,7 @@ export interface CaseDifference {
 export interface ReportDifference {
   /** Cases that pass in one report and not in the other, or are in only one of them. */
   readonly status: readonly CaseDifference[];
-  /** Cases with the same status whose kernels differ, or whose worst errors differ by more than `ratio`. */
+  /** Cases with the same status whose kernels or stored bits differ, or whose worst errors differ by more than `ratio`. */
   readonly details: readonly CaseDifference[];
   readonly same: number;
 }
@@ -63,5 +63,8 @@ function changesOf(a: CaseResult | null, b: CaseResult | null, ratio: number): s
   const [small, large] = [Math.min(a.worst, b.worst), Math.max(a.worst, b.worst)];
   if (large > 0.05 && large > ratio * small)
     changes.push(`worst error ${a.worst.toFixed(3)} in A, ${b.worst.toFixed(3)} in B, of its bound`);
+  // A report of a version without digests has none.
+  const [bits, others] = [a.digest ?? null, b.digest ?? null];
+  if (bits !== null && others !== null && bits !== others) changes.push("stored bits differ");
   return changes;
 }

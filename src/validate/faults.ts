@@ -1,6 +1,7 @@
 import { type HostTensor, isDense } from "../ir/tensor.js";
 import type { Device } from "../runtime/device.js";
 import { type CaseProgram, selectCases } from "./cases.js";
+import { LAYER_FAULTS } from "./faults-layer.js";
 import { makeOracle, runCases } from "./run.js";
 
 /** A deliberate mistake in a kernel or in what is uploaded, and the cases that must notice. */
@@ -50,6 +51,7 @@ const word =
 
 /** SEEDED KERNEL FAULTS. Each must change what it aims at, compile, and be caught by its programs. */
 export const FAULTS: readonly Fault[] = [
+  ...LAYER_FAULTS,
   {
     id: "gemv: a term of every chunk dropped",
     programs: [TINYGEMM],
@@ -239,6 +241,16 @@ export const FAULTS: readonly Fault[] = [
     id: "quantize: one half of the extremes is not looked at",
     programs: ["quantize/int8[1xall:f32]/values"],
     rewrite: [/half = 32u; half > 0u/, "half = 16u; half > 0u"],
+  },
+  {
+    id: "rmsnorm+quantize: the weight of a neighbour",
+    programs: ["quantize/int8[1xall:f32]/norm"],
+    rewrite: [/weight\[column\]/, "weight[column ^ 1u]"],
+  },
+  {
+    id: "rmsnorm+quantize: a partial sum is not added",
+    programs: ["quantize/int8[1xall:f32]/norm"],
+    rewrite: [/partial\[thread\] \+= partial/, "partial[thread] = partial"],
   },
   {
     id: "host: the bytes of a word rotated",

@@ -1,9 +1,10 @@
 import { roundTo } from "../core/dtype.js";
 import { type Format, withScale } from "../formats/format.js";
 import { packNibbles, transpose } from "../formats/layouts.js";
+import { loadStored, memoryPart, type StoredPart } from "../formats/stored-matrix.js";
 import { CODECS, FORMATS } from "../formats/table.js";
 import { dequantize, elementCodes, scaleValues, zeroValues } from "../formats/tensor.js";
-import { readTorchaoTensor, type TorchaoPart, torchaoPartName } from "../formats/torchao.js";
+import { describeTorchao, torchaoPartName } from "../formats/torchao.js";
 import { awqQuantize } from "../quantize/awq.js";
 import { prototypeInt4WeightOnly } from "../quantize/configs.js";
 import { gptqQuantize, Hessian } from "../quantize/gptq.js";
@@ -107,9 +108,12 @@ async function checkpoint(context: GoldenContext): Promise<void> {
       context.put(name, file.numbers(name));
       continue;
     }
-    const parts = new Map<string, TorchaoPart>();
-    for (const part of described._tensor_data_names ?? []) parts.set(part, file.part(torchaoPartName(name, part)));
-    const { tensor: read } = readTorchaoTensor(name, described._type, described._data, parts);
+    const parts = new Map<string, StoredPart>();
+    for (const part of described._tensor_data_names ?? []) {
+      const { dtype, shape, bytes } = file.part(torchaoPartName(name, part));
+      parts.set(part, memoryPart(dtype, shape, bytes));
+    }
+    const read = await loadStored(await describeTorchao(name, described._type, described._data, parts));
     const tensor = await context.backend.store(read);
     // torchao rounds every step to the weight's dtype; int4 is read by kernels only, which round once.
     const once = () => Float32Array.from(dequantize(tensor), (value) => roundTo("bf16", value));
@@ -117,7 +121,8 @@ async function checkpoint(context: GoldenContext): Promise<void> {
     // Bytes survive the way through fewbit's own layout.
     if (described._type === "Int4Tensor") {
       const packed = packNibbles(elementCodes(tensor), "first");
-      if (packed.some((byte, i) => byte !== parts.get("qdata")?.bytes[i])) throw new Error(`${name}: codes changed`);
+      if (packed.some((byte, i) => byte !== file.part(torchaoPartName(name, "qdata")).bytes[i]))
+        throw new Error(`${name}: codes changed`);
     }
   }
 }

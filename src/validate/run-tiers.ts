@@ -1,13 +1,19 @@
 import type { Tier } from "../backends/webgpu/device.js";
 import { type BackendName, type Device, type OpenOptions, open } from "../runtime/device.js";
 import { type CaseProgram, caseTable, DEFAULT_SEED, type Selection, selectCases } from "./cases.js";
-import { type Culprit, describeDevice, type Report, type ReportedDevice } from "./report.js";
+import { type Culprit, columnOf, describeDevice, type Report, type ReportedDevice } from "./report.js";
 import { type CaseResult, makeOracle, type Oracle, type RunCasesOptions, runCases } from "./run.js";
 
 export const TIERS: readonly Tier[] = ["default", "portable", "subgroups", "f16"];
 
 /** The feature that makes a tier what it is; a device without it does not offer the tier. */
 const FEATURE_OF: Readonly<Partial<Record<Tier, string>>> = { subgroups: "subgroups", f16: "shader-f16" };
+
+/** The feature without which a device does not offer the tier, or null when it does. */
+export function lackingFeature(tier: Tier, features: ReadonlySet<string>): string | null {
+  const feature = FEATURE_OF[tier];
+  return feature === undefined || features.has(feature) ? null : feature;
+}
 
 /** What can be switched off, most particular first. */
 const FEATURES = ["chromium-experimental-subgroup-matrix", "shader-f16", "timestamp-query", "subgroups"] as const;
@@ -25,6 +31,8 @@ export interface ValidateOptions {
   readonly shaders?: boolean;
   /** More for `open`, e.g. the caller's own GPU. */
   readonly open?: Omit<OpenOptions, "prefer" | "tier" | "without">;
+  /** Cases not to run, by device (as `columnOf` names it) and id: those that were done before a device was lost. */
+  readonly skip?: (device: string, id: string) => boolean;
   /** Faults for `runCases`. */
   readonly faults?: Pick<RunCasesOptions, "rewrite" | "tamper">;
 }
@@ -50,15 +58,16 @@ export async function* validate(options: ValidateOptions = {}): AsyncGenerator<V
     for (const tier of tiers) {
       // Asked for by name a tier takes everything; otherwise the tiers above the default take what can differ there.
       const whole = options.tiers !== undefined || tier === null || tier === "default";
-      const cases = whole
+      const table = whole
         ? programs
         : selection.quick
           ? programs.filter(({ tiered }) => tiered)
           : selectCases(programs, { quick: true });
+      const cases = without(table, columnOf({ backend, tier }), options.skip);
       await using device = await openTier(backend, tier, options);
-      const feature = tier === null ? undefined : FEATURE_OF[tier];
-      if (tier !== null && feature !== undefined && !device.capabilities.features.has(feature)) {
-        yield { kind: "absent", backend, tier, reason: `${device.info.name} has no ${feature}` };
+      const lacking = tier === null ? null : lackingFeature(tier, device.capabilities.features);
+      if (tier !== null && lacking !== null) {
+        yield { kind: "absent", backend, tier, reason: `${device.info.name} has no ${lacking}` };
         continue;
       }
       yield {
@@ -87,6 +96,57 @@ export async function* validate(options: ValidateOptions = {}): AsyncGenerator<V
   }
 }
 
+function without(programs: readonly CaseProgram[], device: string, skip: ValidateOptions["skip"]): CaseProgram[] {
+  return programs.flatMap((program) => {
+    const runs = program.runs.filter(({ id }) => !skip?.(device, id));
+    return runs.length === 0 ? [] : [{ ...program, runs }];
+  });
+}
+
+/** A report that grows by events, of one validation or of several that continue each other; it may be taken at any time. */
+export class ReportDraft {
+  readonly #about: Pick<Report, "fewbit" | "host" | "created" | "seed">;
+  readonly #devices = new Map<string, ReportedDevice>();
+  readonly #absent = new Map<string, Report["absent"][number]>();
+  readonly #culprits: Culprit[] = [];
+  readonly #results: CaseResult[] = [];
+
+  constructor(about: Pick<Report, "fewbit" | "host" | "created" | "seed">) {
+    this.#about = about;
+  }
+
+  get results(): readonly CaseResult[] {
+    return this.#results;
+  }
+
+  add(event: ValidateEvent): void {
+    if (event.kind === "device") this.#devices.set(columnOf(event.device), event.device);
+    else if (event.kind === "result") this.#results.push(event.result);
+    else if (event.kind === "culprit") this.#culprits.push(event.culprit);
+    else {
+      const { backend, tier, reason } = event;
+      this.#absent.set(columnOf(event), { backend, tier, reason });
+    }
+  }
+
+  /** `seconds`: how long it all took. */
+  report(seconds: number): Report {
+    const { fewbit, host, created, seed } = this.#about;
+    return {
+      format: 1,
+      fewbit,
+      host,
+      created,
+      seed,
+      devices: [...this.#devices.values()],
+      absent: [...this.#absent.values()],
+      culprits: [...this.#culprits],
+      results: [...this.#results],
+      seconds,
+    };
+  }
+}
+
 /** Everything at once, as a report. `onEvent` sees events as they come. */
 export async function makeReport(
   options: ValidateOptions,
@@ -94,26 +154,12 @@ export async function makeReport(
   onEvent: (event: ValidateEvent) => void = () => {},
 ): Promise<Report> {
   const start = performance.now();
-  const found = {
-    devices: [] as ReportedDevice[],
-    absent: [] as Report["absent"][number][],
-    culprits: [] as Culprit[],
-    results: [] as CaseResult[],
-  };
+  const draft = new ReportDraft({ ...about, seed: options.seed ?? DEFAULT_SEED });
   for await (const event of validate(options)) {
-    if (event.kind === "device") found.devices.push(event.device);
-    else if (event.kind === "result") found.results.push(event.result);
-    else if (event.kind === "culprit") found.culprits.push(event.culprit);
-    else found.absent.push({ backend: event.backend, tier: event.tier, reason: event.reason });
+    draft.add(event);
     onEvent(event);
   }
-  return {
-    format: 1,
-    ...about,
-    seed: options.seed ?? DEFAULT_SEED,
-    ...found,
-    seconds: (performance.now() - start) / 1000,
-  };
+  return draft.report((performance.now() - start) / 1000);
 }
 
 function openTier(

@@ -1,3 +1,4 @@
+import type { Executable } from "../backends/backend.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import { sliceRows } from "../formats/tensor.js";
 import type { Symbols } from "../ir/evaluate.js";
@@ -8,7 +9,7 @@ import { bucketFor, type Plan } from "../plan/plan.js";
 import { showExplanation } from "../plan/select.js";
 import type { Device, Program } from "../runtime/device.js";
 import { type Allowed, allow, exactly } from "./bounds.js";
-import { type Deviation, fractions, judge } from "./bounds-judge.js";
+import { type Deviation, type Deviations, deviations, exactBits, judge } from "./bounds-judge.js";
 import type { CaseProgram, CaseRun } from "./cases.js";
 
 /** One case on one backend. */
@@ -34,12 +35,18 @@ export interface CaseResult {
   readonly seconds: number;
   /** How to run this one case again. */
   readonly rerun: string;
-  /** With `detail`: every output's errors as fractions of their bounds. */
-  readonly outputs?: readonly {
-    readonly name: string;
-    readonly shape: readonly number[];
-    readonly fractions: Float32Array;
-  }[];
+  /**
+   * SHA-256 of the outputs that have one right answer, such as the codes and scales of a quantized tensor, as the backend gave
+   * them; null where there are none. Equal digests are equal bits.
+   */
+  readonly digest: string | null;
+  /** With `detail`: the errors of every output's elements. */
+  readonly outputs?: readonly OutputErrors[];
+}
+
+export interface OutputErrors extends Deviations {
+  readonly name: string;
+  readonly shape: readonly number[];
 }
 
 export interface RunCasesOptions {
@@ -187,18 +194,19 @@ async function runCase(
   const { symbols } = run;
   const allowed = oracle(program, run);
   const start = performance.now();
-  for (const [name, tensor] of Object.entries(run.inputs()))
-    executable.write(name, options.tamper?.(name, tensor) ?? tensor);
+  const inputs = run.inputs();
+  for (const [name, tensor] of Object.entries(inputs)) executable.write(name, options.tamper?.(name, tensor) ?? tensor);
   executable.submit(symbols);
-  const got = new Map<string, HostTensor>();
-  for (const name of Object.keys(plan.graph.outputs)) got.set(name, await executable.read(name));
+  const got = await readOutputs(executable);
   const damaged = (await executable.damage?.()) ?? [];
   const seconds = (performance.now() - start) / 1000;
 
   const problems = damaged.map((name) => `it wrote past the end of ${name}`);
+  if (executable.replay !== undefined) problems.push(...(await replayed(executable, plan, run, inputs, allowed)));
   let worst = 0;
   let element: CaseResult["element"] = null;
-  const outputs: { name: string; shape: readonly number[]; fractions: Float32Array }[] = [];
+  const outputs: OutputErrors[] = [];
+  const exact: Uint8Array[] = [];
   for (const [name, limit] of allowed) {
     const id = plan.graph.outputs[name] as ValueId;
     const shape = concreteShape((plan.graph.values[id] as Graph["values"][number]).type.shape, symbols);
@@ -208,7 +216,8 @@ async function runCase(
     worst = Math.max(worst, verdict.worst);
     if (verdict.failed > 0)
       problems.push(`${verdict.failed} of ${verdict.total} elements of ${name} are beyond their bound`);
-    if (options.detail) outputs.push({ name, shape, fractions: fractions(limit, tensor) });
+    exact.push(...(exactBits(limit, tensor) ?? []));
+    if (options.detail) outputs.push({ name, shape, ...deviations(limit, tensor) });
   }
   const status = problems.length === 0 ? "passed" : "failed";
   return {
@@ -220,8 +229,39 @@ async function runCase(
     ...explained(plan, symbols),
     wgsl: options.shaders ? (executable.shaders?.(symbols) ?? []).map(({ source }) => source) : [],
     seconds,
+    digest: await digestOf(exact),
     ...(options.detail ? { outputs } : {}),
   };
+}
+
+async function readOutputs(executable: Executable): Promise<Map<string, HostTensor>> {
+  const got = new Map<string, HostTensor>();
+  for (const name of Object.keys(executable.graph.outputs)) got.set(name, await executable.read(name));
+  return got;
+}
+
+/** What is wrong with the same run in the way that repeated runs take, from the same inputs and states. */
+async function replayed(
+  executable: Executable,
+  plan: Plan,
+  { symbols }: CaseRun,
+  inputs: Readonly<Record<string, HostTensor>>,
+  allowed: ReadonlyMap<string, Allowed>,
+): Promise<string[]> {
+  const { graph } = plan;
+  for (const { name, role, type } of graph.values) {
+    if (role === "state") executable.write(name, inputs[name] ?? zeros(type, graph.symbols));
+    else if (role === "input") executable.write(name, inputs[name] as HostTensor);
+  }
+  executable.replay?.(symbols);
+  const got = await readOutputs(executable);
+  const problems = ((await executable.damage?.()) ?? []).map((name) => `replayed, it wrote past the end of ${name}`);
+  for (const [name, limit] of allowed) {
+    const { type } = graph.values[graph.outputs[name] as ValueId] as Graph["values"][number];
+    const { failed, total } = judge(limit, firstRows(got.get(name) as HostTensor, concreteShape(type.shape, symbols)));
+    if (failed > 0) problems.push(`replayed, ${failed} of ${total} elements of ${name} are beyond their bound`);
+  }
+  return problems;
 }
 
 /** The rows of a result that a run has: storage is laid out for the largest run. */
@@ -268,5 +308,14 @@ function describeError(
     explanation: error.message,
     wgsl: [],
     seconds: 0,
+    digest: null,
   };
+}
+
+/** SHA-256 in hexadecimal; null of nothing. */
+async function digestOf(parts: readonly Uint8Array[]): Promise<string | null> {
+  if (parts.length === 0) return null;
+  const bytes = new Uint8Array(await new Blob(parts as Uint8Array<ArrayBuffer>[]).arrayBuffer());
+  const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(hash, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

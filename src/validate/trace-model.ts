@@ -1,12 +1,9 @@
 import type { BackendDevice } from "../backends/backend.js";
-import { openReference } from "../backends/reference/device.js";
-import { openWebGpu } from "../backends/webgpu/device.js";
-import { FewbitError } from "../core/errors.js";
 import { packSettings } from "../ir/sample.js";
 import type { HostTensor } from "../ir/tensor.js";
 import { PAST, TOKENS } from "../models/decoder.js";
 import { type LoadModelOptions, loadModel, type Model } from "../models/model.js";
-import { type BackendName, Device } from "../runtime/device.js";
+import { type BackendName, Device, openBackend } from "../runtime/device.js";
 import { disposeTap, type Tap, type TapFaults, type TracedStep, type TraceRun, tap, traceSteps } from "./trace.js";
 
 /** A model on one backend with its steps tapped. */
@@ -22,7 +19,7 @@ export async function loadTapped(
   options: Omit<LoadModelOptions, "device">,
   faults: TapFaults = {},
 ): Promise<TappedModel> {
-  const inner = await openBackend(backend, options.signal);
+  const inner = await openBackend(backend, options.signal && { signal: options.signal });
   let tapped: Tap | null = null;
   const { info, capabilities, kernels, lost } = inner;
   const outer: BackendDevice = {
@@ -56,14 +53,8 @@ export async function loadTapped(
   }
 }
 
-function openBackend(name: BackendName, signal: AbortSignal | undefined): Promise<BackendDevice> | BackendDevice {
-  if (name === "reference") return openReference();
-  if (name === "webgpu") return openWebGpu(signal === undefined ? {} : { signal });
-  throw new FewbitError("device/unavailable", { backend: name, reason: "the native addon is not built" });
-}
-
-/** The prompt in one run, then one run for each given token. */
-export function decoderRuns(prompt: readonly number[], tokens: readonly number[]): TraceRun[] {
+/** The prompt in runs of at most `chunk` tokens (default: in one), then one run for each given token. */
+export function decoderRuns(prompt: readonly number[], tokens: readonly number[], chunk = prompt.length): TraceRun[] {
   const settings = (step: number): HostTensor => ({
     dtype: "u32",
     shape: [5],
@@ -78,7 +69,11 @@ export function decoderRuns(prompt: readonly number[], tokens: readonly number[]
     symbols: { [TOKENS]: list.length, [PAST]: past },
     inputs: { ids: ids(list), settings: settings(step) },
   });
-  return [run(prompt, 0, 0), ...tokens.map((token, i) => run([token], prompt.length + i, i + 1))];
+  const starts = Array.from({ length: Math.ceil(prompt.length / chunk) }, (_, i) => i * chunk);
+  return [
+    ...starts.map((start) => run(prompt.slice(start, start + chunk), start, 0)),
+    ...tokens.map((token, i) => run([token], prompt.length + i, i + 1)),
+  ];
 }
 
 /** The greedy tokens after a prompt, by the first model: both are traced over these. */

@@ -1,7 +1,7 @@
+import { layoutWords } from "../../src/backends/stored-layout.js";
 import type { WebGpuDevice } from "../../src/backends/webgpu/device.js";
 import { BuildContext, type Dispatch, type WebGpuKernel } from "../../src/backends/webgpu/kernel.js";
 import { WEBGPU_KERNELS } from "../../src/backends/webgpu/kernels/table.js";
-import { layoutWords } from "../../src/backends/webgpu/layout.js";
 import { sizeOf } from "../../src/core/shape.js";
 import type { Format } from "../../src/formats/format.js";
 import type { QuantizedTensor } from "../../src/formats/tensor.js";

@@ -1,10 +1,10 @@
+import { layoutWords, storedLayout, tensorFromWords } from "../../src/backends/stored-layout.js";
 import { dequantizeKernel } from "../../src/backends/webgpu/kernels/dequantize.js";
 import {
   type KernelText,
   type QuantizeKernelOptions,
   quantizeKernel,
 } from "../../src/backends/webgpu/kernels/quantize.js";
-import { layoutWords, storedLayout, tensorFromWords } from "../../src/backends/webgpu/layout.js";
 import { decode } from "../../src/formats/codec.js";
 import { blockGrid, type Codec, codecBits, codecVector, extentOf, type Format } from "../../src/formats/format.js";
 import { readCode, rowWords } from "../../src/formats/pack.js";

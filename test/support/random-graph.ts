@@ -85,6 +85,32 @@ function build(ops: readonly Choice[], outputs: readonly number[]): Graph {
   ];
   const linear = (x: ValueId, k: Width, n: Width, which: number) => g.one("linear", [x, weight(n, k, which)], {});
   kinds.push(
+    // q and k norms stand between the linears and the rotation.
+    (a, b, c) => {
+      const x = pick(width(a), b);
+      const [q, k] = ([32, 16] as const).map((n) => linear(x, width(a), n, b)) as [ValueId, ValueId];
+      const gain = g.weight(fresh("g"), dense("f32", [c % 2 === 0 ? 8 : 32]));
+      add(32, g.one("rmsnorm", [q, gain], { eps: 1e-5, ...(c % 2 === 0 ? { groups: 4 } : {}) }));
+      if (c % 3 === 0) add(16, k);
+    },
+    (a, b) => {
+      const [gain, shift] = [0, 1].map(() => g.weight(fresh("g"), dense("f32", [width(a)]))) as [ValueId, ValueId];
+      add(width(a), g.one("layernorm", [pick(width(a), b), gain, shift], { eps: 1e-5 }));
+    },
+    (a, b) =>
+      add(width(a), g.one("unary", [linear(pick(width(a), b), width(a), width(a), b)], { fn: "softcap", cap: 3 })),
+    // A mixture of three experts, two a token.
+    (a, b, c) => {
+      const [x, k, n] = [pick(width(a), b), width(a), width(c)];
+      const logits = g.one("linear", [x, g.weight(fresh("w"), stored(FORMATS.f32, [3, k]))], {});
+      const [ids, gates] = g.op("moe_route", [logits], { top: 2, normalize: b % 2 === 0 }) as [ValueId, ValueId];
+      const experts = (rows: Width, of: Width) => Array.from({ length: 3 }, () => weight(rows, of, b));
+      const inner = g.one("moe_linear", [x, ids, ...experts(n, k)], {});
+      const active = g.one("unary", [inner], { fn: "silu" });
+      add(k, g.one("moe_combine", [g.one("moe_linear", [active, ids, ...experts(k, n)], {}), gates], {}));
+    },
+  );
+  kinds.push(
     (a, b, c) => {
       const [x, n] = [pick(width(a), b), width(c)];
       const [gate, up] = [linear(x, width(a), n, b), linear(x, width(a), n, b)];

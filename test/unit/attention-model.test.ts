@@ -90,6 +90,31 @@ test("Llama 3.1's rope frequencies are those of transformers", () => {
   }
 });
 
+test("how a position is turned does not depend on what follows it, with dynamic scaling", () => {
+  const config = parseConfig({ ...TINY_CONFIG, rope_scaling: { type: "dynamic", factor: 4 } });
+  const [short, long] = [ropeTable(config, 80), ropeTable(config, 256)];
+  expect(long.slice(0, short.length)).toEqual(short);
+  const plain = ropeTable(parseConfig(TINY_CONFIG), 64);
+  expect(short.slice(0, plain.length)).toEqual(plain);
+  expect(short.slice(plain.length)).not.toEqual(
+    ropeTable(parseConfig({ ...TINY_CONFIG, max_position_embeddings: 80 }), 80).slice(plain.length),
+  );
+});
+
+test("LongRoPE has its long divisors in caches that are longer than the original context, and only there", () => {
+  const rope_scaling = { type: "longrope", short_factor: [1, 2, 3, 4], long_factor: [2, 3, 5, 7] };
+  const config = parseConfig({ ...TINY_CONFIG, original_max_position_embeddings: 16, rope_scaling });
+  const magnitude = Math.sqrt(1 + Math.log(64 / 16) / Math.log(16));
+  for (const [capacity, divisors] of [
+    [16, rope_scaling.short_factor],
+    [17, rope_scaling.long_factor],
+  ] as const) {
+    const table = ropeTable(config, capacity);
+    for (const [i, divisor] of divisors.entries())
+      expect(table[9 * 8 + i]).toBeCloseTo(magnitude * Math.cos(9 * (10000 ** (-i / 4) / divisor)), 6);
+  }
+});
+
 describe("fewbit explain --model-config", () => {
   const config = { ...TINY_CONFIG, head_dim: 32, max_position_embeddings: 4096 };
   const options = {

@@ -153,6 +153,34 @@ describe("run", () => {
   });
 });
 
+describe("quantize", () => {
+  test("saves a folder that run loads as it is stored, whatever its default would quantize to", async () => {
+    const saved = json(await fewbit(["quantize", tiny, "--quantize", "int8wo", "--out", "saved", "--json"]));
+    expect(saved).toMatchObject({
+      command: "quantize",
+      files: ["model.safetensors"],
+      kept: [],
+      quantized: 14,
+      foreign: null,
+    });
+    const ended = await fewbit(["run", "saved", ...REFERENCE, "--max-tokens", "2", "--json"]);
+    expect(ended.stderr).toContain("the checkpoint is quantized already");
+    const formats = json(ended).model.formats as { format: string; matrices: number }[];
+    expect(formats).toContainEqual(expect.objectContaining({ format: "int8[1xall:f32]", matrices: 14 }));
+    expect(await fewbit(["run", "saved", ...REFERENCE, "--quantize", "int8wo", "--max-tokens", "0"])).toMatchObject({
+      code: 0,
+    });
+  });
+
+  test("says what it lacks", async () => {
+    const ended = await fewbit(["quantize", tiny, "--quantize", "nf4-64"]);
+    expect(ended.code).toBe(2);
+    expect(ended.stderr).toContain("--out");
+    const foreign = await fewbit(["quantize", tiny, "--quantize", "uint4wo-32", "--out", "uint4"]);
+    expect(foreign.stderr).toContain("fewbit alone: torchao's checkpoints have no class for int4_hqq");
+  });
+});
+
 describe("colours", () => {
   test("are off in a pipe, on with FORCE_COLOR, off with NO_COLOR whatever else is said", async () => {
     const escapes = async (env: Record<string, string>) => {
@@ -183,7 +211,7 @@ describe("errors carry a code, say what would be right, and set the exit code", 
     [["run", "--temperature", "Infinity"], 2, "argument/invalid", /--temperature/],
     [["run", "--top-p", "0"], 2, "argument/invalid", /above 0 and at most 1/],
     [["explain", "--tokens", "0"], 2, "argument/invalid", /--tokens/],
-    [["run", "--backend", "cpu"], 2, "argument/unknown-name", /did you mean auto, webgpu, reference/],
+    [["run", "--backend", "cpu"], 2, "argument/unknown-name", /did you mean cuda, auto, webgpu, reference/],
     [["run", "--sed", "1"], 2, "argument/unknown-name", /option "--sed".*--seed/],
     [["rum"], 2, "argument/unknown-name", /command "rum".*run/],
     [["run", "--seed"], 2, "argument/invalid", /--seed is "": expected a value/],
@@ -306,4 +334,14 @@ test("info lists the device and every name, as text and as JSON", async () => {
   const { stdout, stderr, code } = await fewbit(["info", ...REFERENCE]);
   expect([code, stderr]).toEqual([0, ""]);
   expect(stdout).toMatch(/int4wo-\{32,64,128,256\}/);
+  // The GPU backends that were not opened: the device that each would give, or why there is none.
+  for (const { backend, device, reason } of report.others as {
+    backend: string;
+    device: string | null;
+    reason: string;
+  }[]) {
+    expect(stdout).toMatch(new RegExp(`^${backend} .*${device === null ? "none: " : "with --backend"}`, "m"));
+    expect(reason).not.toBe("");
+  }
+  expect((report.others as unknown[]).length).toBe(2);
 });

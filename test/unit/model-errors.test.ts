@@ -77,9 +77,9 @@ describe("a model folder that is wrong is refused by name and leaves nothing on 
     ["config.json that is no JSON", () => file("config.json", text("{")), "io/malformed", /config\.json/],
     [
       "an unknown architecture",
-      () => config({ architectures: ["GPT2LMHeadModel"] }),
+      () => config({ architectures: ["FalconForCausalLM"] }),
       "model/unsupported",
-      /GPT2LMHeadModel.*LlamaForCausalLM/,
+      /FalconForCausalLM.*LlamaForCausalLM/,
     ],
     [
       "a config that contradicts itself",

@@ -213,8 +213,69 @@ describe("a fusion leaves alone", () => {
   });
 
   test("nothing else: every fusion of the table is met above", () => {
-    const met = new Set([decoder(), small()].flatMap((graph) => fuse(graph)).map((step) => step.fusion));
+    const met = new Set(
+      [
+        ...[decoder(), small()].flatMap((graph) => fuse(graph)),
+        ...optionalGraphs().flatMap((graph) => fuse(graph, true, OPTIONAL)),
+      ].map((step) => step.fusion),
+    );
     for (const { name } of FUSIONS) expect(met).toContain(name);
+  });
+});
+
+const OPTIONAL = () => true;
+
+/** What makes a value that is quantized row by row: an activation, a gated one, a norm. */
+function optionalGraphs(format: Format = FORMATS.int8): Graph[] {
+  return (["relu", "gated", "norm"] as const).map((what) => {
+    const g = new GraphBuilder({ T: 4 });
+    const [x, up] = [g.input("x", dense("f32", ["T", 64])), g.input("up", dense("f32", ["T", 64]))];
+    let made = what === "norm" ? g.one("rmsnorm", [x, g.weight("w", dense("f32", [64]))], { eps: 1e-5 }) : x;
+    if (what !== "norm") made = g.one("unary", [x], { fn: "relu" });
+    if (what === "gated") made = g.one("binary", [up, made], { fn: "mul" });
+    g.output("y", g.one("quantize", [made], { format }));
+    return g.build();
+  });
+}
+
+describe("optional fusions", () => {
+  const names = (graphs: readonly Graph[], admits?: () => boolean) =>
+    graphs.map((graph) => fuse(graph, true, admits).map(({ fusion, kind }) => fusion ?? kind));
+
+  test("what makes a value is fused with quantizing it where a kernel takes that, and only there", () => {
+    expect(names(optionalGraphs(), OPTIONAL)).toEqual([
+      ["activation+quantize"],
+      ["activation*mul+quantize"],
+      ["rmsnorm+quantize"],
+    ]);
+    expect(names(optionalGraphs())).toEqual([
+      ["elementwise", "quantize"],
+      ["elementwise", "elementwise", "quantize"],
+      ["rmsnorm", "quantize"],
+    ]);
+    const graph = decoder({ activationFormat: () => FORMATS.int8 });
+    expect(fuse(graph).length - fuse(graph, true, OPTIONAL).length).toBe(2 * config.layers);
+    expect(scheduleFaults(graph, fuse(graph, true, OPTIONAL))).toEqual([]);
+  });
+
+  test("never where rows depend on each other", () => {
+    const tensor = withScale(FORMATS.int8, { block: ["all", "all"] });
+    for (const format of [tensor, FORMATS.nvfp4, FORMATS.nf4])
+      expect(names(optionalGraphs(format), OPTIONAL).flat()).not.toContain("activation+quantize");
+  });
+
+  test("a kernel that does not name the fusion is refused, with the reason", () => {
+    const [graph] = optionalGraphs() as [Graph];
+    const plain = kernel("toy/quantize/plain", "quantize", 1);
+    const fused = { ...kernel("toy/quantize/fused", "quantize", 0.1), fusions: ["activation+quantize"] };
+    const text = explainPlan(makePlan(graph, device([plain, fused])));
+    expect(text).toContain("(activation+quantize: unary+quantize)");
+    expect(text).toContain("-> toy/quantize/fused");
+    expect(text).toMatch(/toy\/quantize\/plain +no +it does not take steps of activation\+quantize/);
+    // Where no kernel that names it admits the step, the nodes stay apart.
+    const refused = { ...fused, requires: [{ unmet: () => "no" }] };
+    const kernels = [plain, refused, kernel("toy/elementwise", "elementwise")];
+    expect(makePlan(graph, device(kernels)).steps.map(({ kind }) => kind)).toEqual(["elementwise", "quantize"]);
   });
 });
 

@@ -2,7 +2,7 @@ import { describe, expect, test } from "vitest";
 import { withScale } from "../../src/formats/format.js";
 import { CODECS, FORMATS } from "../../src/formats/table.js";
 import { dequantize, scaleValues } from "../../src/formats/tensor.js";
-import { readTorchaoTensor, torchaoPartName } from "../../src/formats/torchao.js";
+import { describeTorchao, torchaoPartName } from "../../src/formats/torchao.js";
 import { hadamard, quantizeFloat8Operand } from "../../src/quantize/attention.js";
 import { awqQuantize } from "../../src/quantize/awq.js";
 import { quantizeGgufQ4K } from "../../src/quantize/gguf.js";
@@ -170,11 +170,11 @@ describe("torchao parameters", () => {
     expect(torchaoPartName("model.layers.0.q_proj.weight", "qdata")).toBe("model.layers.0.q_proj._weight_qdata");
   });
 
-  test("unknown classes and missing parts are coded errors", () => {
-    expect(() => readTorchaoTensor("a.weight", "NF4Tensor", {}, new Map())).toThrow(
+  test("unknown classes and missing parts are coded errors", async () => {
+    await expect(describeTorchao("a.weight", "NF4Tensor", {}, new Map())).rejects.toThrow(
       expect.objectContaining({ code: "model/unsupported" }),
     );
-    expect(() => readTorchaoTensor("a.weight", "Int8Tensor", {}, new Map())).toThrow(
+    await expect(describeTorchao("a.weight", "Int8Tensor", {}, new Map())).rejects.toThrow(
       /a.weight is malformed: Int8Tensor: its part a._weight_qdata is missing/,
     );
   });

@@ -81,8 +81,7 @@ function sources(injected: GPU | undefined, preference: AdapterPreference): (() 
   if (injected) return [async () => ({ label: "injected GPU", gpu: injected })];
   const gpu = (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
   if (gpu) return [async () => ({ label: "navigator.gpu", gpu })];
-  const { process } = globalThis as { process?: { versions?: { node?: string } } };
-  if (!process?.versions?.node) {
+  if (!inNode()) {
     return [
       async () => ({
         label: "navigator.gpu",
@@ -164,9 +163,15 @@ function describe(
   };
 }
 
+function inNode(): boolean {
+  const { process } = globalThis as { process?: { versions?: { node?: string } } };
+  return process?.versions?.node !== undefined;
+}
+
 function hintFor(preference: AdapterPreference, options: AdapterOptions): string {
   if (options.features?.length) return "ask for fewer features, or use another GPU";
   if (options.gpu) return "check that the GPU object given has an adapter of the kind asked for";
+  if (!inNode()) return "use a browser that has WebGPU switched on, and a page from https or localhost";
   if (preference === "hardware") {
     return 'install the GPU\'s driver (on Linux its Vulkan driver file, named by VK_DRIVER_FILES), or ask for adapter "auto"';
   }

@@ -1,14 +1,11 @@
 import { Scope } from "../../core/dispose.js";
-import { BYTES } from "../../core/dtype.js";
 import { FewbitError } from "../../core/errors.js";
-import { sizeOf } from "../../core/shape.js";
-import { concreteShape } from "../../ir/graph.js";
-import { shapeRows } from "../../ir/ops.js";
 import type { Plan } from "../../plan/plan.js";
 import { GUARD_WORD } from "../backend.js";
+import { residentBytes } from "../transfer.js";
+import { type Source, sourceKey } from "../weights.js";
 import type { WebGpuDevice } from "./device.js";
-import type { Source } from "./kernel.js";
-import { storedLayout, USAGE } from "./layout.js";
+import { USAGE } from "./usage.js";
 
 /** Bytes of guard words after a buffer. */
 const GUARD_BYTES = 256;
@@ -41,26 +38,23 @@ export class ProgramBuffers {
     const { slots, slotOf } = plan.memory;
     const made = slots.map((bytes, i) => this.#storage(`slot ${i}`, bytes, true));
     for (const [id, slot] of slotOf) this.#named.set(`value ${id}`, made[slot] as GPUBuffer);
-    for (const { id, name, role, type } of plan.graph.values) {
-      if (role !== "input" && role !== "state") continue;
-      const shape = concreteShape(type.shape, plan.graph.symbols);
-      const bytes =
-        type.kind === "format" ? storedLayout(type.format, shapeRows(shape)).bytes : sizeOf(shape) * BYTES[type.dtype];
-      this.#named.set(`value ${id}`, this.#storage(name, bytes, false));
+    for (const value of plan.graph.values) {
+      if (value.role !== "input" && value.role !== "state") continue;
+      this.#named.set(`value ${value.id}`, this.#storage(value.name, residentBytes(value, plan.graph), false));
     }
   }
 
   /** Makes the buffer of a source that is not made yet: weights, dense weights or scratch. */
   add(source: Source, label: string, bytes: number): GPUBuffer {
     const buffer = this.#storage(label, bytes, false);
-    this.#named.set(this.#key(source), buffer);
+    this.#named.set(sourceKey(source, this.#plan), buffer);
     return buffer;
   }
 
   get(source: Source): GPUBuffer {
-    const buffer = this.#named.get(this.#key(source));
+    const buffer = this.#named.get(sourceKey(source, this.#plan));
     if (buffer === undefined)
-      throw new FewbitError("graph/invalid", { where: this.#key(source), reason: "it has no buffer" });
+      throw new FewbitError("graph/invalid", { where: sourceKey(source, this.#plan), reason: "it has no buffer" });
     return buffer;
   }
 
@@ -79,7 +73,12 @@ export class ProgramBuffers {
     } catch (cause) {
       this.#scope.assertLive();
       this.device.check();
-      throw new FewbitError("device/error", { operation: "reading a buffer", reason: String(cause) }, { cause });
+      const error = new FewbitError(
+        "device/error",
+        { operation: "reading a buffer", reason: String(cause) },
+        { cause },
+      );
+      throw await this.device.reasonOf(error);
     }
     const data = new Uint8Array(staging.getMappedRange(0, bytes).slice(0));
     staging.unmap();
@@ -120,11 +119,5 @@ export class ProgramBuffers {
     const begin = activation ? 0 : end;
     const words = new Uint32Array((end + GUARD_BYTES - begin) / 4).fill(GUARD_WORD);
     this.device.gpu.queue.writeBuffer(buffer, begin, words);
-  }
-
-  #key(source: Source): string {
-    if (source.kind === "value") return `value ${this.#plan.memory.placement.get(source.id)?.root ?? source.id}`;
-    if (source.kind === "weights") return `weights ${source.ids.join(",")} ${source.slice}`;
-    return source.kind === "dense" ? `dense ${source.ids.join(",")}` : "scratch";
   }
 }

@@ -132,6 +132,15 @@ export class WebGpuDevice implements BackendDevice {
     if (error !== null) throw error;
   }
 
+  /**
+   * Why something on the device failed: the loss of the device where it comes to be known, else `error`. A browser rejects what
+   * is pending on a device before it says that the device is lost.
+   */
+  async reasonOf(error: unknown): Promise<unknown> {
+    if (this.#lost === null) await Promise.race([this.lost, new Promise((resolve) => setTimeout(resolve, LOSS_MS))]);
+    return this.#lost === null ? error : new FewbitError("device/lost", { reason: this.#lost }, { cause: error });
+  }
+
   /** A buffer whose bytes are counted until it is disposed with `owner`. */
   buffer(owner: Scope, label: string, bytes: number, usage: number): GPUBuffer {
     const size = Math.max(16, Math.ceil(bytes / 16) * 16);
@@ -148,7 +157,12 @@ export class WebGpuDevice implements BackendDevice {
 
   async load(...[plan, weights, options]: Parameters<BackendDevice["load"]>): Promise<WebGpuExecutable> {
     this.check();
-    return WebGpuExecutable.load(this, new Scope("program", this.#scope), plan, weights, options);
+    try {
+      return await WebGpuExecutable.load(this, new Scope("program", this.#scope), plan, weights, options);
+    } catch (error) {
+      // A build that fails on a device that is gone is not the fault of its shaders.
+      throw fromDevice(error) ? await this.reasonOf(error) : error;
+    }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -157,6 +171,14 @@ export class WebGpuDevice implements BackendDevice {
     await Promise.allSettled(this.pipelines.values());
     if (this.#owned) await destroyDevice(this.gpu);
   }
+}
+
+/** How long the loss of a device may come after what it caused. */
+const LOSS_MS = 1000;
+
+/** Whether the device, rather than the caller, may be the cause. */
+function fromDevice(error: unknown): boolean {
+  return !(error instanceof FewbitError) || error.code === "device/error" || error.code === "shader/compile";
 }
 
 /** The matrix unit's shapes as feature names, e.g. `subgroup-matrix-f16-f32-16x16x16` (component, result, MxNxK). */

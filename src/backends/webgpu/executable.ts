@@ -1,20 +1,18 @@
 import type { Scope } from "../../core/dispose.js";
-import { BYTES, viewAs } from "../../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../../core/errors.js";
-import { sizeOf } from "../../core/shape.js";
 import type { Symbols } from "../../ir/evaluate.js";
-import { concreteShape, type Graph, type Value } from "../../ir/graph.js";
-import { shapeRows } from "../../ir/ops.js";
-import { type HostTensor, isDense } from "../../ir/tensor.js";
+import type { Graph } from "../../ir/graph.js";
+import type { HostTensor } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import { BoundStep } from "../../plan/step.js";
 import { type Executable, GUARD_WORD, type LoadOptions, type ShaderText, type WeightSource } from "../backend.js";
+import { decodeRead, encodeWrite, partlyUsedOutputs } from "../transfer.js";
+import { loadWeights } from "../weights.js";
 import { ProgramBuffers } from "./buffers.js";
 import type { WebGpuDevice } from "./device.js";
 import { BuildContext, type Dispatch, type WebGpuKernel } from "./kernel.js";
-import { layoutWords, type StoredLayout, storedLayout, tensorFromWords, USAGE } from "./layout.js";
 import { pipelineOf } from "./pipeline.js";
-import { uploadWeights, wholeWords } from "./upload.js";
+import { USAGE } from "./usage.js";
 
 interface Ready {
   readonly step: number;
@@ -70,7 +68,12 @@ export class WebGpuExecutable implements Executable {
       const dispatches = plan.buckets.map((bucket) => executable.#build(bucket.symbols, bucket.choices));
       if (executable.#scratchBytes > 0)
         executable.#buffers.add({ kind: "scratch" }, "scratch", executable.#scratchBytes);
-      await uploadWeights(executable.#buffers, plan, dispatches.flat(2), weights, options);
+      const sources = dispatches.flat(2).flatMap(({ bindings }) => bindings.map(({ source }) => source));
+      const { maxBinding } = device.capabilities;
+      await loadWeights(plan, maxBinding, sources, weights, options, ({ source, label, bytes, parts }) => {
+        const buffer = executable.#buffers.add(source, label, bytes);
+        for (const [at, data] of parts) device.gpu.queue.writeBuffer(buffer, at, data as Uint8Array<ArrayBuffer>);
+      });
       for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps));
       const error = await device.gpu.popErrorScope();
       if (error !== null) {
@@ -95,30 +98,8 @@ export class WebGpuExecutable implements Executable {
 
   write(name: string, tensor: HostTensor): void {
     this.#check();
-    const value = this.#named(name);
-    const { type } = value;
-    const capacity = sizeOf(concreteShape(type.shape, this.graph.symbols));
-    if (
-      isDense(tensor) !== (type.kind === "dense") ||
-      (isDense(tensor) && type.kind === "dense" && tensor.dtype !== type.dtype)
-    ) {
-      throw new FewbitError("dtype/mismatch", {
-        what: name,
-        got: isDense(tensor) ? tensor.dtype : tensor.format.name,
-        expected: type.kind === "dense" ? type.dtype : type.format.name,
-      });
-    }
-    if (sizeOf(tensor.shape) > capacity) {
-      throw new FewbitError("shape/mismatch", {
-        what: name,
-        got: tensor.shape,
-        expected: `at most ${capacity} elements`,
-      });
-    }
-    const bytes = isDense(tensor)
-      ? wholeWords(tensor.data)
-      : layoutWords(tensor, this.#layout(value, this.graph.symbols)).words;
-    this.#device.gpu.queue.writeBuffer(this.#buffers.get({ kind: "value", id: value.id }), 0, bytes);
+    const { id, bytes } = encodeWrite(this.graph, name, tensor);
+    this.#device.gpu.queue.writeBuffer(this.#buffers.get({ kind: "value", id }), 0, bytes);
   }
 
   submit(symbols: Symbols): void {
@@ -183,40 +164,10 @@ export class WebGpuExecutable implements Executable {
 
   async read(name: string): Promise<HostTensor> {
     this.#check();
-    const id =
-      this.graph.outputs[name] ?? this.graph.values.find((value) => value.role === "state" && value.name === name)?.id;
-    if (id === undefined)
-      throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an output nor a state" });
-    const place = this.#plan.memory.placement.get(id);
-    const value = this.graph.values[id] as Value;
-    const { type } = value;
-    // States are whole; what a run made has the shape of that run.
-    const shape = concreteShape(
-      type.shape,
-      value.role === "value" ? (this.#last ?? this.graph.symbols) : this.graph.symbols,
-    );
-    const buffer = this.#buffers.get({ kind: "value", id });
-    if (type.kind === "format") {
-      const layout = this.#layout(value, this.graph.symbols);
-      const words = new Uint32Array((await this.#buffers.read(buffer, layout.bytes)).buffer);
-      this.#device.check();
-      return tensorFromWords(layout, words, shapeRows(shape)[0]);
-    }
-    // A value may be columns of a wider one.
-    const { dtype } = type;
-    const [rows, width] = shapeRows(shape);
-    // The stride of a one-dimensional value updated in place is a symbol's name.
-    const stride = Number.isInteger(place?.stride) ? (place?.stride as number) : width;
-    const bytes = Math.ceil((rows * stride * BYTES[dtype]) / 4) * 4;
-    const data = await this.#buffers.read(buffer, bytes);
+    const { id, bytes, decode } = decodeRead(this.#plan, name, this.#last ?? this.graph.symbols);
+    const data = await this.#buffers.read(this.#buffers.get({ kind: "value", id }), bytes);
     this.#device.check();
-    if (stride === width) return { dtype, shape, data: viewAs(dtype, data.subarray(0, rows * width * BYTES[dtype])) };
-    const part = new Uint8Array(rows * width * BYTES[dtype]);
-    for (let row = 0; row < rows; row++) {
-      const begin = (row * stride + (place?.column ?? 0)) * BYTES[dtype];
-      part.set(data.subarray(begin, begin + width * BYTES[dtype]), row * width * BYTES[dtype]);
-    }
-    return { dtype, shape, data: viewAs(dtype, part) };
+    return decode(data);
   }
 
   shaders(symbols: Symbols): ShaderText[] {
@@ -237,16 +188,8 @@ export class WebGpuExecutable implements Executable {
 
   /** Outputs whose memory is their own and in which the last run wrote to rows that it does not have. */
   async #writtenBeyond(): Promise<string[]> {
-    const { slotOf, placement } = this.#plan.memory;
     const found: string[] = [];
-    for (const [name, id] of Object.entries(this.graph.outputs)) {
-      const { type, role } = this.graph.values[id] as Value;
-      const alone = [...slotOf.values()].filter((slot) => slot === slotOf.get(id)).length === 1;
-      if (type.kind !== "dense" || role !== "value" || !alone || placement.has(id)) continue;
-      const [all, used] = [this.graph.symbols, this.#last ?? this.graph.symbols].map((symbols) =>
-        Math.ceil((sizeOf(concreteShape(type.shape, symbols)) * BYTES[type.dtype]) / 4),
-      ) as [number, number];
-      if (used === all) continue;
+    for (const { name, id, used, all } of partlyUsedOutputs(this.#plan, this.#last ?? this.graph.symbols)) {
       const bytes = await this.#buffers.read(this.#buffers.get({ kind: "value", id }), all * 4);
       const rest = new Uint32Array(bytes.buffer, used * 4, all - used);
       if (rest.some((word) => word !== GUARD_WORD)) found.push(`the rows of ${name} that this run has`);
@@ -258,11 +201,6 @@ export class WebGpuExecutable implements Executable {
     this.#scope.dispose();
   }
 
-  #layout({ type, name }: Value, symbols: Symbols): StoredLayout {
-    if (type.kind !== "format") throw new FewbitError("graph/invalid", { where: name, reason: "it is dense" });
-    return storedLayout(type.format, shapeRows(concreteShape(type.shape, symbols)));
-  }
-
   #writeSymbols(symbols: Symbols): void {
     for (const [i, name] of Object.keys(this.graph.symbols).entries()) this.#words[i] = symbols[name] as number;
     this.#device.gpu.queue.writeBuffer(this.#params, 0, this.#words);
@@ -271,15 +209,6 @@ export class WebGpuExecutable implements Executable {
   #check(): void {
     this.#scope.assertLive();
     this.#device.check();
-  }
-
-  #named(name: string): Value {
-    const value = this.graph.values.find(
-      (candidate) => candidate.name === name && (candidate.role === "input" || candidate.role === "state"),
-    );
-    if (value === undefined)
-      throw new FewbitError("graph/invalid", { where: name, reason: "it is neither an input nor a state" });
-    return value;
   }
 
   #build(symbols: Symbols, choices: Plan["buckets"][number]["choices"]): Dispatch[][] {

@@ -1,20 +1,8 @@
 import { FewbitError } from "../../core/errors.js";
-import type { Format } from "../../formats/format.js";
-import { rowwise } from "../../formats/tensor.js";
-import type { Dim, TensorType, ValueId } from "../../ir/graph.js";
-import type { MemoryPlan, Placement } from "../../plan/memory.js";
+import type { Dim, ValueId } from "../../ir/graph.js";
 import type { KernelRow } from "../../plan/select.js";
-import type { BoundStep } from "../../plan/step.js";
-import type { Capabilities } from "../backend.js";
-import { type StoredLayout, storedLayout } from "./layout.js";
-
-/** A buffer that a dispatch binds: a value's storage, one row slice of (concatenated) weights,
- * dense weights one after another, or the step's scratch. */
-export type Source =
-  | { readonly kind: "value"; readonly id: ValueId }
-  | { readonly kind: "weights"; readonly ids: readonly ValueId[]; readonly slice: number }
-  | { readonly kind: "dense"; readonly ids: readonly ValueId[] }
-  | { readonly kind: "scratch" };
+import { StepContext } from "../step-context.js";
+import type { Source } from "../weights.js";
 
 export interface Binding {
   readonly source: Source;
@@ -34,65 +22,14 @@ export interface WebGpuKernel extends KernelRow {
   build(context: BuildContext): Dispatch[];
 }
 
-/** Rows [begin, end) of weights that fit one binding. */
-export interface WeightSlice {
-  readonly begin: number;
-  readonly end: number;
-  readonly layout: StoredLayout;
-}
-
-/** Weights as they lie on the device: the rows of all `ids` one after another, in slices that fit a binding. */
-export interface WeightGroup {
-  readonly ids: readonly ValueId[];
-  readonly format: Format;
-  readonly rows: number;
-  readonly k: number;
-  readonly slices: readonly WeightSlice[];
-}
-
-/** What a kernel needs to know to build a step: shapes, placements, layouts, capabilities. */
-export class BuildContext {
-  readonly bound: BoundStep;
-  readonly memory: MemoryPlan;
-  readonly device: Capabilities;
-  /** The largest values of the symbols: storage is laid out for these. */
-  readonly capacity: Readonly<Record<string, number>>;
-
-  constructor(bound: BoundStep, memory: MemoryPlan, device: Capabilities, capacity: Readonly<Record<string, number>>) {
-    this.bound = bound;
-    this.memory = memory;
-    this.device = device;
-    this.capacity = capacity;
-  }
-
-  type(id: ValueId): TensorType {
-    return this.bound.type(id);
-  }
-
-  /** The columns that a value takes in the rows of its storage. */
-  placement(id: ValueId): Placement {
-    const width = this.lastExtent(id);
-    return this.memory.placement.get(id) ?? { root: id, column: 0, stride: width };
-  }
-
-  lastExtent(id: ValueId): number {
-    const shape = this.type(id).shape;
-    return shape[shape.length - 1] as number;
-  }
-
+/** A step as a kernel builds it, with what WGSL calls its extents. */
+export class BuildContext extends StepContext {
   /** Rows of a value under the run's symbols, as a WGSL expression of type u32. */
   rowsWgsl(id: ValueId): string {
     return this.type(id)
       .shape.slice(0, -1)
       .map((dim) => this.dimWgsl(dim))
       .reduce((a, b) => (a === "1u" ? b : b === "1u" ? a : `${a} * ${b}`), "1u");
-  }
-
-  /** Rows of a value for given symbols. */
-  rows(id: ValueId, symbols: Readonly<Record<string, number>>): number {
-    return this.type(id)
-      .shape.slice(0, -1)
-      .reduce<number>((product, dim) => product * (typeof dim === "number" ? dim : (symbols[dim] ?? 0)), 1);
   }
 
   dimWgsl(dim: Dim): string {
@@ -103,26 +40,6 @@ export class BuildContext {
   symbolWgsl(name: string): string {
     return symbolWgsl(this.bound.graph.symbols, name);
   }
-
-  /** The storage of a value in a format, its rows at capacity. */
-  layout(id: ValueId): StoredLayout {
-    const type = this.type(id);
-    if (type.kind !== "format") {
-      throw new FewbitError("graph/invalid", {
-        where: this.bound.name(id),
-        reason: "it is dense, a stored value is needed",
-      });
-    }
-    return storedLayout(type.format, [this.rows(id, this.capacity), this.lastExtent(id)]);
-  }
-
-  /** How the rows of one or several weights lie on the device. */
-  weights(ids: readonly ValueId[]): WeightGroup {
-    return weightGroup(
-      ids.map((id) => [id, this.type(id)] as const),
-      this.device.maxBinding,
-    );
-  }
 }
 
 /** Where a symbol stands in the uniform block `params`. */
@@ -131,33 +48,6 @@ export function symbolWgsl(symbols: Readonly<Record<string, number>>, name: stri
   if (index < 0)
     throw new FewbitError("graph/invalid", { where: `symbol ${name}`, reason: "the graph does not have it" });
   return `params.v[${Math.floor(index / 4)}].${"xyzw"[index % 4]}`;
-}
-
-/** Lays weights out in row slices of at most `maxBinding` bytes. Throws `plan/memory` when one row block is larger. */
-export function weightGroup(weights: readonly (readonly [ValueId, TensorType])[], maxBinding: number): WeightGroup {
-  const types = weights.map(([, type]) => type);
-  const first = types[0];
-  if (first?.kind !== "format")
-    throw new FewbitError("graph/invalid", { where: "weights", reason: "they are not stored in a format" });
-  const format = types.length > 1 ? rowwise(first.format) : first.format;
-  const k = first.shape[1] as number;
-  const rows = types.reduce((sum, type) => sum + (type.shape[0] as number), 0);
-  const step = format.scales.reduce(
-    (most, { block }) => (typeof block[0] === "number" ? Math.max(most, block[0]) : most),
-    4,
-  );
-  let count = Math.max(rows, 1);
-  while (count > step && storedLayout(format, [count, k]).bytes > maxBinding)
-    count = Math.ceil(count / 2 / step) * step;
-  const slices: WeightSlice[] = [];
-  for (let begin = 0; begin < rows; begin += count) {
-    const end = Math.min(begin + count, rows);
-    slices.push({ begin, end, layout: storedLayout(format, [end - begin, k]) });
-  }
-  const needed = slices[0]?.layout.bytes ?? 0;
-  if (needed > maxBinding)
-    throw new FewbitError("plan/memory", { what: "a block of weight rows", needed, limit: maxBinding });
-  return { ids: weights.map(([id]) => id), format, rows, k, slices };
 }
 
 /** The head of every shader: features, the uniform block of symbols, and the bindings in order from 1 on. */

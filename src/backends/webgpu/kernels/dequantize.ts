@@ -1,8 +1,8 @@
 import { type FloatType, f32Bits } from "../../../core/dtype.js";
 import type { Codec } from "../../../formats/format.js";
 import { codecBits, codecVector, extentOf, type Format, midCode, type ScaleLevel } from "../../../formats/format.js";
+import { type StoredLayout, storedLayout } from "../../stored-layout.js";
 import { FLAT_WORKGROUP, flatGrid } from "../kernel.js";
-import { type StoredLayout, storedLayout } from "../layout.js";
 import { decodeFunction, u } from "../wgsl/codec.js";
 import { EXACT } from "../wgsl/exact.js";
 import type { KernelText } from "./quantize.js";

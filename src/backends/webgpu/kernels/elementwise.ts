@@ -1,5 +1,6 @@
 import type { Node, ValueId } from "../../../ir/graph.js";
 import { FLAT_WORKGROUP, flatGrid, read, shaderHead, value, type WebGpuKernel, write } from "../kernel.js";
+import { floatText } from "./rows.js";
 
 const THREADS = 64;
 
@@ -7,6 +8,7 @@ const THREADS = 64;
 export const UNARY_WGSL = `
 fn relu(x: f32) -> f32 { return max(x, 0.0); }
 fn silu(x: f32) -> f32 { return x / (1.0 + exp(-x)); }
+fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-x)); }
 fn gelu_tanh(x: f32) -> f32 { return 0.5 * x * (1.0 + tanh(clamp(0.7978845608 * (x + 0.044715 * x * x * x), -15.0, 15.0))); }
 fn gelu(x: f32) -> f32 { return 0.5 * x * erfc_neg(x * 0.7071067811865476); }
 // 1 + erf(x), accurate in the tail because it is erfc(-x): rational approximation of Numerical Recipes' erfcc form, with
@@ -18,6 +20,13 @@ fn erfc_neg(x: f32) -> f32 {
     + t * (-1.13520398 + t * (1.48851587 + t * (-0.82215223 + t * 0.17087277))))))));
   let tail = t * exp(-z * z + p);
   return select(tail, 2.0 - tail, x >= 0.0);
+}`;
+
+/** cap tanh(x / cap), within 16u of cap; beyond 2^43 the quotient no longer shows. */
+const SOFTCAP_WGSL = `
+fn softcap(x: f32, cap: f32) -> f32 {
+  let e = exp(2.0 * min(abs(x / cap), 15.0));
+  return sign(x) * cap * (1.0 - 2.0 / (e + 1.0));
 }`;
 
 export const ELEMENTWISE_KERNELS: readonly WebGpuKernel[] = [
@@ -42,10 +51,13 @@ export const ELEMENTWISE_KERNELS: readonly WebGpuKernel[] = [
       };
       const left = `a[${at(a)}]`;
       const right = b === undefined ? "" : b === a ? left : `b[${at(b)}]`;
+      const cap = node.op === "unary" ? node.attrs.cap : undefined;
       const result =
-        node.op === "unary" ? `${node.attrs.fn}(${left})` : `${left} ${node.attrs.fn === "add" ? "+" : "*"} ${right}`;
+        node.op === "unary"
+          ? `${node.attrs.fn}(${left}${cap === undefined ? "" : `, ${floatText(cap)}`})`
+          : `${left} ${node.attrs.fn === "add" ? "+" : "*"} ${right}`;
       const wgsl = `${shaderHead(operands)}
-${UNARY_WGSL}
+${UNARY_WGSL}${cap === undefined ? "" : SOFTCAP_WGSL}
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let i = ${FLAT_WORKGROUP} * ${THREADS}u + lid;

@@ -1,6 +1,6 @@
 import { codecBits, extentOf, type Format } from "../../../formats/format.js";
 import type { KeyRows } from "../../../ir/attention-shape.js";
-import type { StoredLayout } from "../layout.js";
+import type { StoredLayout } from "../../stored-layout.js";
 import { ruleObstacle, ruleText } from "../wgsl/rules.js";
 
 /**

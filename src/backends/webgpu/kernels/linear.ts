@@ -1,77 +1,37 @@
-import { FewbitError } from "../../../core/errors.js";
-import type { Node, ValueId } from "../../../ir/graph.js";
-import type { UnaryFn } from "../../../ir/ops.js";
+import type { ValueId } from "../../../ir/graph.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { type Binding, type BuildContext, read, value, type WeightGroup, write } from "../kernel.js";
+import { type LinearStep, linearStep } from "../../linear-step.js";
+import type { WeightGroup } from "../../weights.js";
+import { type Binding, type BuildContext, read, value, write } from "../kernel.js";
 import { CHUNK, chunkObstacle, isIntegerFormat, type StoredReader, storedReader } from "../wgsl/stored.js";
 import { UNARY_WGSL } from "./elementwise.js";
 
-/** What happens to a linear's sums before they are stored. */
-type Epilogue =
-  | { readonly kind: "none" }
-  | { readonly kind: "residual"; readonly other: ValueId }
-  | { readonly kind: "unary"; readonly fn: UnaryFn }
-  | { readonly kind: "gated"; readonly fn: UnaryFn };
-
-/** A step of kind `linear`, taken apart. */
-export interface LinearStep {
-  readonly x: ValueId;
-  /** The weights of each output; for a gated step [gate, up], else all concatenated. */
-  readonly parts: readonly (readonly ValueId[])[];
-  /** Biases of each part, or none. */
-  readonly biases: readonly (readonly ValueId[])[];
-  readonly epilogue: Epilogue;
-  readonly out: ValueId;
-  readonly k: number;
-}
-
-export function linearStep(bound: BoundStep): LinearStep {
-  const { nodes, outputs } = bound.step;
-  const linears = nodes.filter((node): node is Node<"linear"> => node.op === "linear");
-  const unary = nodes.find((node): node is Node<"unary"> => node.op === "unary");
-  const binary = nodes.find((node): node is Node<"binary"> => node.op === "binary");
-  const first = linears[0];
-  if (first === undefined)
-    throw new FewbitError("graph/invalid", { where: bound.describe(), reason: "it holds no linear" });
-  let epilogue: Epilogue = { kind: "none" };
-  let ordered = linears;
-  if (unary !== undefined && binary !== undefined) {
-    epilogue = { kind: "gated", fn: unary.attrs.fn };
-    ordered = [...linears].sort(
-      (a, b) => Number(b.outputs[0] === unary.inputs[0]) - Number(a.outputs[0] === unary.inputs[0]),
-    );
-  } else if (unary !== undefined) epilogue = { kind: "unary", fn: unary.attrs.fn };
-  else if (binary !== undefined) {
-    epilogue = { kind: "residual", other: binary.inputs.find((id) => id !== first.outputs[0]) as ValueId };
-  }
-  const weights = ordered.map((node) => node.inputs[1] as ValueId);
-  const biases = ordered.flatMap((node) => (node.inputs[2] === undefined ? [] : [node.inputs[2]]));
-  const gated = epilogue.kind === "gated";
-  const x = first.inputs[0] as ValueId;
-  return {
-    x,
-    parts: gated ? weights.map((id) => [id]) : [weights],
-    biases: biases.length === 0 ? [] : gated ? biases.map((id) => [id]) : [biases],
-    epilogue,
-    out: outputs[0] as ValueId,
-    k: bound.shape(x).at(-1) as number,
-  };
-}
+export { type LinearStep, linearStep } from "../../linear-step.js";
 
 /** Both operands must be readable in chunks of 32, and rows of x in vec4s. */
 export const chunked: Requirement = {
-  unmet: (bound) => {
-    const { x, parts, k } = linearStep(bound);
-    if (k % 4 !== 0) return `K must be a multiple of 4: K is ${k}`;
-    for (const id of [x, ...parts.flat()]) {
-      const type = bound.type(id);
-      const obstacle = type.kind === "format" ? chunkObstacle(type.format, k) : null;
-      if (obstacle !== null) return `${bound.name(id)}: ${obstacle}`;
-    }
-    return null;
+  unmet: (bound, device) => {
+    const { x, parts, k, biases, epilogue } = linearStep(bound);
+    // Stored operands are bound twice, as words and as vectors of four.
+    const stored = parts.length + (bound.type(x).kind === "format" ? 1 : 0);
+    const dense = biases.length + (bound.type(x).kind === "format" ? 0 : 1) + (epilogue.kind === "residual" ? 1 : 0);
+    const needed = 2 * stored + dense + 1;
+    if (needed > device.maxStorageBuffers) return `it binds ${needed} buffers: ${device.maxStorageBuffers} are allowed`;
+    return chunkedUnmet(bound, [x, ...parts.flat()], k);
   },
 };
+
+/** Why operands [.., k] cannot be read in chunks of 32, or null. */
+export function chunkedUnmet(bound: BoundStep, operands: readonly ValueId[], k: number): string | null {
+  if (k % 4 !== 0) return `K must be a multiple of 4: K is ${k}`;
+  for (const id of operands) {
+    const type = bound.type(id);
+    const obstacle = type.kind === "format" ? chunkObstacle(type.format, k) : null;
+    if (obstacle !== null) return `${bound.name(id)}: ${obstacle}`;
+  }
+  return null;
+}
 
 /** One bound shader operand. */
 interface Operand {

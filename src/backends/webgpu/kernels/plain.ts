@@ -1,3 +1,4 @@
+import type { Format } from "../../../formats/format.js";
 import { scaleGranularity } from "../../../formats/tensor.js";
 import {
   type BuildContext,
@@ -10,7 +11,7 @@ import {
   type WebGpuKernel,
   write,
 } from "../kernel.js";
-import { isIntegerFormat, storedReader } from "../wgsl/stored.js";
+import { isIntegerFormat, type StoredReader, storedReader } from "../wgsl/stored.js";
 import { UNARY_WGSL } from "./elementwise.js";
 import { linearStep } from "./linear.js";
 
@@ -52,26 +53,11 @@ function buildPlain(context: BuildContext): Dispatch[] {
     const place = context.placement(step.x);
     const out = context.placement(step.out);
     const xAt = xReader === null ? `x[m * ${place.stride}u + ${place.column}u + k]` : xReader.element("m", "k");
-    const formats = [...(xType.kind === "format" ? [xType.format] : []), ...groups.map((group) => group.format)];
-    const exactRun =
-      xReader !== null && formats.every(isIntegerFormat)
-        ? Math.min(...formats.map((format) => scaleGranularity(format, step.k)))
-        : null;
     const sums = readers.map((reader, i) => {
       const bias = step.biases[i] === undefined ? "" : ` + bias${i}[${begin}u + n]`;
-      if (exactRun !== null && xReader !== null) {
-        // Products of integers are summed exactly over the elements that share their scales.
-        return `var y${i} = 0.0;
-  for (var g = 0u; g < ${step.k}u; g += ${exactRun}u) {
-    var part = 0;
-    for (var k = g; k < g + ${exactRun}u; k++) { part += i32(${xReader.code("m", "k")}) * i32(${reader.code("n", "k")}); }
-    y${i} += f32(part) * (${reader.scale("n", "g")} * (${xReader.scale("m", "g")}));
-  }
-  y${i} = y${i}${bias};`;
-      }
-      return `var y${i} = 0.0;
-  for (var k = 0u; k < ${step.k}u; k++) { y${i} += ${xAt} * ${reader.element("n", "k")}; }
-  y${i} = y${i}${bias};`;
+      const weight = (groups[i] as (typeof groups)[number]).format;
+      const source = { reader: xReader, format: xType.kind === "format" ? xType.format : null, at: xAt };
+      return plainSum(`y${i}`, source, reader, weight, step.k, bias);
     });
     const { epilogue } = step;
     let last = "";
@@ -105,4 +91,30 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
         ),
     };
   });
+}
+
+/** Statements that declare `y`, the sum over k of row m of x times row n of a weight. */
+export function plainSum(
+  y: string,
+  x: { readonly reader: StoredReader | null; readonly format: Format | null; readonly at: string },
+  weight: StoredReader,
+  weightFormat: Format,
+  k: number,
+  bias = "",
+): string {
+  const formats = x.format === null ? [] : [x.format, weightFormat];
+  if (x.reader !== null && formats.every(isIntegerFormat)) {
+    // Products of integers are summed exactly over the elements that share their scales.
+    const run = Math.min(...formats.map((format) => scaleGranularity(format, k)));
+    return `var ${y} = 0.0;
+  for (var g = 0u; g < ${k}u; g += ${run}u) {
+    var part = 0;
+    for (var k = g; k < g + ${run}u; k++) { part += i32(${x.reader.code("m", "k")}) * i32(${weight.code("n", "k")}); }
+    ${y} += f32(part) * (${weight.scale("n", "g")} * (${x.reader.scale("m", "g")}));
+  }
+  ${y} = ${y}${bias};`;
+  }
+  return `var ${y} = 0.0;
+  for (var k = 0u; k < ${k}u; k++) { ${y} += ${x.at} * ${weight.element("n", "k")}; }
+  ${y} = ${y}${bias};`;
 }

@@ -1,8 +1,8 @@
 import { FewbitError } from "../../../core/errors.js";
 import { codecBits, extentOf, type Format, formatKey } from "../../../formats/format.js";
 import { requireBlocks } from "../../../quantize/quantize.js";
+import { storedLayout } from "../../stored-layout.js";
 import { FLAT_WORKGROUP, flatGrid } from "../kernel.js";
-import { storedLayout } from "../layout.js";
 import { type RuleOptions, ruleObstacle, ruleText } from "../wgsl/rules.js";
 import {
   head,
@@ -188,7 +188,7 @@ ${wordFunction(job)}`,
 }
 
 /** `word_of(row, word, slot)`: one word of codes; a code that straddles two words is made for both. */
-function wordFunction({ bits, layout, rule }: Job): string {
+export function wordFunction({ bits, layout, rule }: Job): string {
   const k = layout.shape[1];
   const per = 32 / bits;
   const loop = Number.isInteger(per)
@@ -215,7 +215,7 @@ fn word_of(row: u32, word: u32, slot: u32) -> u32 {
 }
 
 /** Writes the words of scales and zero points that a workgroup's blocks fill, from `chosen`. */
-function storeScales({ layout }: Job, chunk: number): string {
+export function storeScales({ layout }: Job, chunk: number): string {
   const { scales, zero } = layout.format;
   const store = (field: "scale" | "zero", bits: number, offset: number): string => {
     const per = 32 / bits;

@@ -1,5 +1,5 @@
+import type { StoredLayout } from "../../stored-layout.js";
 import { FLAT_WORKGROUP, flatGrid } from "../kernel.js";
-import type { StoredLayout } from "../layout.js";
 import { EXACT } from "../wgsl/exact.js";
 import type { RuleText } from "../wgsl/rules.js";
 
@@ -105,6 +105,12 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   return { wgsl, entryPoint: "main", workgroups, bindings: spec.bindings };
 }
 
+/** Keys of extremes: a NaN is both the least and the greatest of its run. */
+export const KEYS = /* wgsl */ `
+fn low_key(bits: u32) -> u32 { return select(exact_key(bits), 0u, exact_is_nan(bits)); }
+fn high_key(bits: u32) -> u32 { return select(exact_key(bits), 0xffffffffu, exact_is_nan(bits)); }
+`;
+
 export function head({ rule, x, layout }: Job, bindings: readonly PassBinding[]): string {
   const { outer } = rule;
   const declarations = bindings.map((name, i) => {
@@ -115,13 +121,10 @@ export function head({ rule, x, layout }: Job, bindings: readonly PassBinding[])
     if (outer === undefined || !bindings.includes("out")) return "0u";
     return `outer_value(out[${layout.scales[1]}u${outer.per === "row" ? " + row" : ""}])`;
   };
-  // A NaN is both the least and the greatest of its run.
   return `struct Params { v: array<vec4<u32>, 4> }
 ${declarations.join("\n")}
 ${EXACT}${rule.functions}${outer?.functions ?? ""}
-fn low_key(bits: u32) -> u32 { return select(exact_key(bits), 0u, exact_is_nan(bits)); }
-fn high_key(bits: u32) -> u32 { return select(exact_key(bits), 0xffffffffu, exact_is_nan(bits)); }
-fn outer_at(row: u32) -> u32 { return ${outerValue()}; }
+${KEYS}fn outer_at(row: u32) -> u32 { return ${outerValue()}; }
 ${bindings.includes("x") ? `fn x_at(row: u32, column: u32) -> u32 { return x[row * ${x.stride}u + column + ${x.column}u]; }` : ""}`;
 }
 

@@ -171,13 +171,17 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
 
 /** Element e of a rotated head: products and their sum, each rounded to float32 as the reference rounds them. */
 function rotation(x: string, { attrs }: Node<"rope">, size: number): string {
-  const half = size / 2;
-  const [upper, pair] = attrs.interleaved ? ["e % 2u == 1u", "e / 2u"] : [`e >= ${half}u`, `e % ${half}u`];
-  const other = attrs.interleaved ? "e ^ 1u" : `(e + ${half}u) % ${size}u`;
-  return `let angle = (position + t) * ${size}u + ${pair};
+  const { rotary = size } = attrs;
+  const half = rotary / 2;
+  const [upper, pair] = attrs.interleaved ? ["e % 2u == 1u", "(e / 2u)"] : [`e >= ${half}u`, `e % ${half}u`];
+  const other = attrs.interleaved ? "e ^ 1u" : `(e + ${half}u) % ${rotary}u`;
+  // What lies behind the rotated elements of a head stays.
+  const keep = rotary === size ? "" : `\n    bits = select(bits, ${x}[start + e], e >= ${rotary}u);`;
+  const within = attrs.interleaved && rotary < size ? `${pair} % ${half}u` : pair;
+  return `let angle = (position + t) * ${rotary}u + ${within};
     let turned = exact_mul(${x}[start + (${other})], angles[angle + ${half}u]);
     // The lower element loses the upper one times the sine, the upper one gains.
-    bits = exact_add(exact_mul(${x}[start + e], angles[angle]), select(turned ^ 0x80000000u, turned, ${upper}));`;
+    bits = exact_add(exact_mul(${x}[start + e], angles[angle]), select(turned ^ 0x80000000u, turned, ${upper}));${keep}`;
 }
 
 /** Butterflies of stride 1, 2, 4, ... over a head, then a product: `hadamard` of `quantize/attention.ts`, bit for bit. */

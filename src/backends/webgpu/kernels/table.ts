@@ -4,6 +4,8 @@ import { CONVERT_KERNELS } from "./convert.js";
 import { ELEMENTWISE_KERNELS } from "./elementwise.js";
 import { GEMV_KERNELS } from "./gemv.js";
 import { MATRIX_KERNELS } from "./matrix.js";
+import { MOE_KERNELS } from "./moe.js";
+import { NORM_QUANTIZE_KERNELS } from "./norm-quantize.js";
 import { PLAIN_KERNELS } from "./plain.js";
 import { ROPE_KERNELS } from "./rope.js";
 import { ROW_KERNELS } from "./rows.js";
@@ -20,8 +22,10 @@ export const WEBGPU_KERNELS: readonly WebGpuKernel[] = [
   ...ROW_KERNELS,
   ...ROPE_KERNELS,
   ...SDPA_KERNELS,
+  ...MOE_KERNELS,
   ...ELEMENTWISE_KERNELS,
   ...CONVERT_KERNELS,
+  ...NORM_QUANTIZE_KERNELS,
   ...CONV_KERNELS,
   ...SAMPLE_KERNELS,
 ];

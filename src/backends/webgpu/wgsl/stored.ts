@@ -10,7 +10,7 @@ import {
   type ScaleLevel,
 } from "../../../formats/format.js";
 import { scaleGranularity } from "../../../formats/tensor.js";
-import type { StoredLayout } from "../layout.js";
+import type { StoredLayout } from "../../stored-layout.js";
 import { decodeFunction } from "./codec.js";
 
 /** Elements that kernels decode at once: 32 codes of b bits are exactly b words. */

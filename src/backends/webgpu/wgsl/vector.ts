@@ -1,6 +1,6 @@
 import { codecBits, codecVector, midCode } from "../../../formats/format.js";
 import { scaleGranularity } from "../../../formats/tensor.js";
-import type { StoredLayout } from "../layout.js";
+import type { StoredLayout } from "../../stored-layout.js";
 import type { StoredReader } from "./stored.js";
 
 /**

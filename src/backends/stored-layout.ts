@@ -1,10 +1,7 @@
-import type { Format } from "../../formats/format.js";
-import { codecBits, codecVector } from "../../formats/format.js";
-import { rowWords } from "../../formats/pack.js";
-import { type QuantizedTensor, tensorWords } from "../../formats/tensor.js";
-
-/** WebGPU's buffer usage bits; Node has no `GPUBufferUsage` global. */
-export const USAGE = { mapRead: 1, copySrc: 4, copyDst: 8, uniform: 64, storage: 128 } as const;
+import type { Format } from "../formats/format.js";
+import { codecBits, codecVector } from "../formats/format.js";
+import { rowWords } from "../formats/pack.js";
+import { type QuantizedTensor, tensorWords } from "../formats/tensor.js";
 
 /**
  * One device buffer per stored tensor: [qdata | scales[0] | scales[1] ... | zero | table], each part a multiple of four

@@ -1,0 +1,266 @@
+// Carriers: what the tensor cores multiply in place of operands that they do not take as they are stored.
+//
+// A carrier is a bf16 or f16 number in scratch, and products of carriers are those of the stored values. A value of up to 8
+// significant bits (11 for f16, after its row was scaled by a power of two) is one carrier; a float32 is the sum of three bf16 of 8
+// bits each, or of two f16 (22 bits). Products of parts add up in float32; pairs of parts whose product is below 2^-24 of
+// the whole are left out. Scales that do not change along K are applied afterwards.
+#pragma once
+#include "arguments.hpp"
+#include "decode.cuh"
+
+namespace fewbit::linear {
+namespace {
+
+/** What the tensor cores multiply. The order is that of `CARRIERS` in linear-gemm.ts. */
+enum class Carrier : int { stored, bf16, f16, s8 };
+
+struct GemmParams : WeightGroup {
+  Activations x;
+  Epilogue epilogue;
+  Carrier carrier = Carrier::stored;
+  int xParts = 1, wParts = 1;
+  bool scaledX = false, scaledW = false;  // carriers hold values with their scales, not bare codes
+  int columns = 0;                        // K of the carriers: K padded, and in f16 the columns of float zero points
+  const uint32_t* symbols = nullptr;
+  // Scratch.
+  uint8_t* xCarrier = nullptr;
+  float* xFactor = nullptr;  // [rows]: multiplies a row of results
+  uint8_t* wCarrier = nullptr;
+  float* wFactor = nullptr;    // [parts, n]
+  float* products = nullptr;   // [parts, rows, n], s32 for s8 carriers
+};
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float blockMax(float value) {
+  __shared__ float most[kThreads / 32];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = most[threadIdx.x % (kThreads / 32)];
+#pragma unroll
+  for (int step = kThreads / 64; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+  return __shfl_sync(~0u, value, 0);
+}
+
+/** The power of two that takes numbers up to `most` below 2^limit, and its inverse; both normal. */
+__device__ __forceinline__ float2 powerFor(float most, int limit) {
+  const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 126, -100), 126);  // most < 2^exponent
+  const int up = min(max(limit - exponent, -126), 126);
+  return make_float2(__uint_as_float((127 + up) << 23), __uint_as_float((127 - up) << 23));
+}
+
+/** The power of two that an f16 carrier of x leaves room for sums of a group in. */
+__host__ __device__ inline int headroom(const GemmParams& p) {
+  int bits = 0;
+  if (p.floatZero)
+    while ((1 << bits) < p.weights[0].zero.k) bits++;
+  return 15 - bits;
+}
+/** Groups of a float zero point, each of which takes two columns of f16. */
+__host__ __device__ inline int zeroColumns(const GemmParams& p) {
+  return p.carrier == Carrier::f16 && p.floatZero ? (p.weights[0].zero.columns * 2 + 7) / 8 * 8 : 0;
+}
+
+__device__ __forceinline__ uint32_t carry(Carrier carrier, float value, int part) {
+  if (carrier == Carrier::f16) {
+    const __half high = __float2half_rn(value);
+    if (part == 0) return __half_as_ushort(high);
+    const float rest = isinf(__half2float(high)) || isnan(value) ? 0.0f : value - __half2float(high);
+    return __half_as_ushort(__float2half_rn(rest));
+  }
+  const uint32_t bits = __float_as_uint(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  if (!finite) return part > 0 ? 0 : isnan(value) ? 0x7fc0 : bits >> 16;
+  const float rest = value - __uint_as_float(bits & 0xffff0000u);
+  if (part == 0) return bits >> 16;
+  const uint32_t middle = __float_as_uint(rest);
+  if (part == 1) return middle >> 16;
+  return __float_as_uint(rest - __uint_as_float(middle & 0xffff0000u)) >> 16;
+}
+
+/** Eight elements of a row of x, zero beyond its end. */
+__device__ __forceinline__ void octetOfX(const GemmParams& p, int m, int octet, bool vector, float (&values)[8]) {
+  const int k = octet * 8;
+  if (vector && k + 8 <= p.k) {
+    const uint8_t* row = p.x.at + int64_t(m) * p.x.stride;
+    if (p.x.bits == 0) {
+      const float4 a = __ldg(reinterpret_cast<const float4*>(row) + octet * 2);
+      const float4 b = __ldg(reinterpret_cast<const float4*>(row) + octet * 2 + 1);
+      values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
+      values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
+    } else {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(row) + octet);
+      const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        values[2 * i] = __uint_as_float(words[i] << 16);
+        values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < 8; i++) {
+    float value = 0.0f;
+    if (k + i < p.k) {
+      value = p.x.code(m, k + i);
+      if (p.scaledX) value *= p.x.scaleAt(m, k + i);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) values[j] = j == i ? value : values[j];
+  }
+}
+
+/** One block a row of x: [part][row][columns]. */
+__global__ void __launch_bounds__(kThreads) carryX(const __grid_constant__ GemmParams p) {
+  extern __shared__ float sums[];  // of x over 8 elements, for float zero points
+  const int m = blockIdx.x;
+  const int rows = gridDim.x;
+  if (m >= p.x.rows.at(p.symbols)) return;
+  const bool converts = p.carrier == Carrier::bf16 || p.carrier == Carrier::f16;
+  const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | static_cast<uintptr_t>(p.x.stride)) & 15) == 0;
+  const bool vector = aligned && (p.x.bits == 0 || (p.x.bits == 16 && !p.x.half && p.x.scale[0].codec == ScaleCodec::none));
+  float2 power = make_float2(1.0f, 1.0f);
+  if (p.carrier == Carrier::f16) {
+    float most = 0.0f;
+#pragma unroll 2
+    for (int octet = threadIdx.x; octet * 8 < p.k; octet += kThreads) {
+      float values[8] = {};
+      octetOfX(p, m, octet, vector, values);
+#pragma unroll
+      for (int i = 0; i < 8; i++) most = fabsf(values[i]) < INFINITY ? fmaxf(most, fabsf(values[i])) : most;
+    }
+    power = powerFor(blockMax(most), headroom(p));
+  }
+  if (threadIdx.x == 0) p.xFactor[m] = power.y * (p.scaledX ? 1.0f : p.x.scaleAt(m, 0));
+  if (!converts) return;
+  uint16_t* out = reinterpret_cast<uint16_t*>(p.xCarrier) + int64_t(m) * p.columns;
+  const int64_t partStride = int64_t(rows) * p.columns;
+  const int zeros = zeroColumns(p);
+  const int kEnd = p.columns - zeros;
+#pragma unroll 2
+  for (int octet = threadIdx.x; octet * 8 < kEnd; octet += kThreads) {
+    float values[8] = {};
+    octetOfX(p, m, octet, vector, values);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] *= power.x;
+    if (zeros > 0)
+      sums[octet] = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
+    for (int part = 0; part < p.xParts; part++) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        words[i] = carry(p.carrier, values[2 * i], part) | carry(p.carrier, values[2 * i + 1], part) << 16;
+      *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+  if (zeros == 0) return;
+  // Sums over groups, high and low halves, for the columns that hold zero points.
+  __syncthreads();
+  const Blocks& zero = p.weights[0].zero;
+  for (int group = threadIdx.x; group < zeros / 2; group += kThreads) {
+    float sum = 0.0f;
+    if (group < zero.columns)
+      for (int octet = group * (zero.k / 8); octet < min((group + 1) * (zero.k / 8), (p.k + 7) / 8); octet++) sum += sums[octet];
+    const uint32_t both = carry(Carrier::f16, sum, 0) | carry(Carrier::f16, sum, 1) << 16;
+    for (int part = 0; part < p.xParts; part++)
+      *reinterpret_cast<uint32_t*>(out + part * partStride + kEnd + group * 2) = part == 0 ? both : 0;
+  }
+}
+
+/** The eight values at octet `octet` of a row of weights: codes, with scales when the carriers hold them. */
+template <class Codes>
+__device__ __forceinline__ void octetOf(const GemmParams& p, const Weights& w, int n, int octet, const float* scales, int shift,
+                                        float (&values)[8]) {
+  const int k = octet * 8;
+  const float zero = p.element.zeros ? blockValue(w.zero, n, min(k, p.k - 1)) : 0.0f;
+  uint32_t pairs[4];
+  Codes::decode(w.codes + n * p.rowBytes, octet * Codes::bits, p.element, zero, pairs);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int low = Codes::interleaved ? i : 2 * i, high = Codes::interleaved ? i + 4 : 2 * i + 1;
+    values[low] = __uint_as_float(pairs[i] << 16);
+    values[high] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+  if (p.scaledW) {
+    const float scale = scales[shift >= 0 ? min(k, p.k - 1) >> shift : min(k, p.k - 1) / w.scale.k];
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] *= scale;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (k + i >= p.k) values[i] = 0.0f;
+}
+
+/** One block a row of weights: [matrix][part][row][columns]. */
+template <class Codes>
+__global__ void __launch_bounds__(kThreads) carryW(const __grid_constant__ GemmParams p) {
+  extern __shared__ float scales[];  // of this row
+  const int n = blockIdx.x, matrix = blockIdx.y;
+  const Weights& w = p.weights[matrix];
+  const int shift = (w.scale.k & (w.scale.k - 1)) == 0 ? 31 - __clz(w.scale.k) : -1;
+  if (p.scaledW) {
+    for (int i = threadIdx.x; i < w.scale.columns; i += kThreads)
+      scales[i] = decodeScale(w.scale.codec, loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + i));
+    __syncthreads();
+  }
+  const int zeros = zeroColumns(p);
+  const int kEnd = p.columns - zeros;
+  float2 power = make_float2(1.0f, 1.0f);
+  if (p.carrier == Carrier::f16) {
+    // No code is larger than 2^bits; a zero point's own code is a bf16 of its row.
+    float most = 0.0f;
+    for (int i = threadIdx.x; i < w.scale.columns; i += kThreads) {
+      most = fmaxf(most, fabsf(scales[i]) * (1 << (Codes::bits - 1)));
+      if (zeros > 0) {
+        const int64_t at = int64_t(n / w.zero.rows) * w.zero.columns + i;
+        most = fmaxf(most, fabsf(decodeScale(w.zero.codec, loadScaleBits(w.zero, at))));
+      }
+    }
+    power = powerFor(blockMax(most), 15);
+  }
+  if (threadIdx.x == 0)
+    p.wFactor[int64_t(matrix) * p.n + n] =
+        power.y * (p.scaledW ? 1.0f : blockValue(w.scale, n, 0)) * blockValue(w.outer, n, 0);
+  if (p.carrier == Carrier::stored) return;
+  if (p.carrier == Carrier::s8) {
+    uint8_t* out = p.wCarrier + (int64_t(matrix) * p.n + n) * p.columns;
+    for (int octet = threadIdx.x; octet < p.columns / 8; octet += kThreads) {
+      float values[8] = {};
+      if (octet * 8 < p.k) octetOf<Codes>(p, w, n, octet, scales, shift, values);
+      uint32_t words[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 8; i++) words[i / 4] |= (static_cast<uint32_t>(static_cast<int>(values[i])) & 255u) << (8 * (i % 4));
+      *reinterpret_cast<uint2*>(out + octet * 8) = make_uint2(words[0], words[1]);
+    }
+    return;
+  }
+  uint16_t* out = reinterpret_cast<uint16_t*>(p.wCarrier) + (int64_t(matrix) * p.wParts * p.n + n) * p.columns;
+  const int64_t partStride = int64_t(p.n) * p.columns;
+#pragma unroll 2
+  for (int octet = threadIdx.x; octet < kEnd / 8; octet += kThreads) {
+    float values[8] = {};
+    if (octet * 8 < p.k) octetOf<Codes>(p, w, n, octet, scales, shift, values);
+    for (int part = 0; part < p.wParts; part++) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        words[i] = carry(p.carrier, values[2 * i] * power.x, part) | carry(p.carrier, values[2 * i + 1] * power.x, part) << 16;
+      *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+  for (int i = threadIdx.x; i < zeros; i += kThreads) {
+    const int group = i / 2;
+    float zero = 0.0f;
+    if (group < w.zero.columns)
+      zero = decodeScale(w.zero.codec, loadScaleBits(w.zero, int64_t(n / w.zero.rows) * w.zero.columns + group)) * power.x;
+    for (int part = 0; part < p.wParts; part++)
+      out[part * partStride + kEnd + i] = static_cast<uint16_t>(part == 0 ? carry(Carrier::f16, zero, 0) : 0);
+  }
+}
+
+}  // namespace
+}  // namespace fewbit::linear

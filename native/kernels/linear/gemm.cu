@@ -1,0 +1,228 @@
+// linear/gemm: x W^T for many rows of x, through cuBLASLt's tensor-core products.
+#include <algorithm>
+
+#include "gemm-carriers.cuh"
+#include "matmul.hpp"
+
+namespace fewbit::linear {
+namespace {
+
+/** Sums to outputs: vectors of four where rows allow, several of them on their way at once. */
+template <bool Integer, bool Gated>
+__global__ void __launch_bounds__(kThreads) finishProducts(const __grid_constant__ GemmParams p, bool factors, int64_t rows) {
+  constexpr int ahead = 4;
+  const int m = blockIdx.y;
+  if (m >= p.x.rows.at(p.symbols)) return;
+  const float ofX = factors ? p.xFactor[m] : 1.0f;
+  const Epilogue& e = p.epilogue;
+  const auto one = [&](int n, float gate, float up) {
+    if (factors) {
+      gate *= ofX * p.wFactor[n];
+      if (Gated) up *= ofX * p.wFactor[p.n + n];
+    }
+    if (e.bias[0] != nullptr) {
+      gate += e.bias[0][n];
+      if (Gated) up += e.bias[1][n];
+    }
+    if (Gated) return activate(e.fn, gate) * up;
+    if (e.residual.at != nullptr) gate += e.residual(m, n);
+    return activate(e.fn, gate);
+  };
+  const float* first = p.products + int64_t(m) * p.n;
+  const float* second = first + rows * p.n;
+  const auto real = [](float stored) { return Integer ? static_cast<float>(__float_as_int(stored)) : stored; };
+  const int begin = blockIdx.x * kThreads * ahead * 4;
+  if (p.n % 4 == 0 && ((reinterpret_cast<uintptr_t>(e.out.at) | (e.out.stride * 4)) & 15) == 0) {
+    float4 a[ahead], b[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; i++) {
+      const int n = begin + (i * kThreads + threadIdx.x) * 4;
+      if (n >= p.n) continue;
+      a[i] = __ldcs(reinterpret_cast<const float4*>(first + n));
+      b[i] = Gated ? __ldcs(reinterpret_cast<const float4*>(second + n)) : a[i];
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; i++) {
+      const int n = begin + (i * kThreads + threadIdx.x) * 4;
+      if (n >= p.n) continue;
+      *reinterpret_cast<float4*>(&e.out(m, n)) =
+          make_float4(one(n, real(a[i].x), real(b[i].x)), one(n + 1, real(a[i].y), real(b[i].y)),
+                      one(n + 2, real(a[i].z), real(b[i].z)), one(n + 3, real(a[i].w), real(b[i].w)));
+    }
+    return;
+  }
+  for (int n = begin + threadIdx.x; n < min(begin + kThreads * ahead * 4, p.n); n += kThreads)
+    e.out(m, n) = one(n, real(first[n]), Gated ? real(second[n]) : 0.0f);
+}
+
+template <bool Integer>
+void launchFinish(const Launch& launch, const GemmParams& p, bool factors, int rows) {
+  const dim3 grid((p.n + 16 * kThreads - 1) / (16 * kThreads), rows);
+  if (p.parts == 2) finishProducts<Integer, true><<<grid, kThreads, 0, launch.stream>>>(p, factors, rows);
+  else finishProducts<Integer, false><<<grid, kThreads, 0, launch.stream>>>(p, factors, rows);
+}
+
+template <class Codes>
+void launchCarryW(const Launch& launch, const GemmParams& p) {
+  const size_t shared = p.scaledW ? size_t(p.weights[0].scale.columns) * 4 : 0;
+  carryW<Codes><<<dim3(p.n, p.parts), kThreads, shared, launch.stream>>>(p);
+}
+
+cudaError_t carryWeights(const Launch& launch, const GemmParams& p) {
+  switch (p.kind) {
+#define FEWBIT_CARRY(kind, codes) \
+  case CodeKind::kind:            \
+    launchCarryW<codes>(launch, p); \
+    break;
+    FEWBIT_CARRY(bf16, Bf16Codes)
+    FEWBIT_CARRY(e4m3, E4m3Codes)
+    FEWBIT_CARRY(e5m2, E5m2Codes)
+    FEWBIT_CARRY(int8, IntCodes<8>)
+    FEWBIT_CARRY(int4, Int4Codes)
+    FEWBIT_CARRY(e2m1, E2m1Codes)
+    FEWBIT_CARRY(int1, IntCodes<1>)
+    FEWBIT_CARRY(int2, IntCodes<2>)
+    FEWBIT_CARRY(int3, IntCodes<3>)
+    FEWBIT_CARRY(int5, IntCodes<5>)
+    FEWBIT_CARRY(int6, IntCodes<6>)
+    FEWBIT_CARRY(int7, IntCodes<7>)
+    FEWBIT_CARRY(float5, FloatCodes<5>)
+    FEWBIT_CARRY(float6, FloatCodes<6>)
+#undef FEWBIT_CARRY
+    default:
+      return cudaErrorInvalidValue;
+  }
+  return cudaGetLastError();
+}
+
+CublasLt::Type typeOf(const GemmParams& p, bool ofX) {
+  if (p.carrier == Carrier::bf16) return CublasLt::kBf16;
+  if (p.carrier == Carrier::f16) return CublasLt::kF16;
+  if (p.carrier == Carrier::s8 || p.kind == CodeKind::int8) return CublasLt::kS8;
+  if (ofX) return p.x.bits == 16 ? CublasLt::kBf16 : p.x.half ? CublasLt::kE5m2 : CublasLt::kE4m3;
+  return p.kind == CodeKind::bf16 ? CublasLt::kBf16 : p.kind == CodeKind::e5m2 ? CublasLt::kE5m2 : CublasLt::kE4m3;
+}
+
+/** One float32 a row of a matrix of `rows`, or one for all of it: what cuBLASLt applies itself. */
+bool vectorScales(const Blocks& scale, int rows, bool& scalar) {
+  scalar = scale.rows >= rows && rows > 1;
+  return scale.codec == ScaleCodec::f32 && scale.columns == 1 && (scale.rows == 1 || scalar);
+}
+
+cudaError_t run(const Launch& launch) {
+  Arguments arguments(launch);
+  GemmParams p;
+  static_cast<WeightGroup&>(p) = arguments.weightGroup();
+  p.x = arguments.activations();
+  p.epilogue = arguments.epilogue();
+  p.carrier = static_cast<Carrier>(arguments.small());
+  p.xParts = arguments.small();
+  p.wParts = arguments.small();
+  p.scaledX = arguments.flag();
+  p.scaledW = arguments.flag();
+  p.columns = arguments.small();
+  uint64_t scratchBytes = 0;
+  uint8_t* scratch = arguments.buffer(&scratchBytes);
+  if (arguments.broken()) return cudaErrorInvalidValue;
+  p.symbols = launch.deviceSymbols;
+  const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
+  if (rows == 0) return cudaSuccess;
+  if (rows > 65535) return cudaErrorInvalidConfiguration;
+
+  const bool converts = p.carrier == Carrier::bf16 || p.carrier == Carrier::f16;
+  const Epilogue& e = p.epilogue;
+  uint8_t* at = scratch;
+  const auto take = [&](int64_t bytes) {
+    uint8_t* taken = at;
+    at += (bytes + 255) / 256 * 256;
+    return taken;
+  };
+  if (converts) p.xCarrier = take(int64_t{2} * p.xParts * rows * p.columns);
+  if (converts) p.wCarrier = take(int64_t{2} * p.parts * p.wParts * p.n * p.columns);
+  if (p.carrier == Carrier::s8) p.wCarrier = take(int64_t(p.parts) * p.n * p.columns);
+  p.xFactor = reinterpret_cast<float*>(take(int64_t{4} * rows));
+  p.wFactor = reinterpret_cast<float*>(take(int64_t{4} * p.parts * p.n));
+  const bool integer = typeOf(p, true) == CublasLt::kS8;
+  const bool unscaled = p.weights[0].scale.codec == ScaleCodec::none && p.x.scale[0].codec == ScaleCodec::none && !converts;
+
+  Matmul product;
+  product.typeX = typeOf(p, true);
+  product.typeW = typeOf(p, false);
+  product.typeD = integer ? CublasLt::kS32 : CublasLt::kF32;
+  product.m = rows;
+  product.n = p.n;
+  product.k = p.carrier == Carrier::stored || p.carrier == Carrier::s8 ? p.k : p.columns;
+  const int codeBytes = p.carrier == Carrier::stored && p.kind == CodeKind::bf16 ? 2 : 1;
+  product.strideX = converts ? p.columns : p.x.stride / codeBytes;
+  product.strideW = converts || p.carrier == Carrier::s8 ? p.columns : p.rowBytes / codeBytes;
+  product.x = converts ? p.xCarrier : p.x.at;
+
+  // The library may scale and store by itself: one matrix, float32 scales of rows or tensors, at most a residual to add.
+  const bool plain = p.parts == 1 && e.bias[0] == nullptr && e.fn == Activation::none;
+  if (plain && p.carrier == Carrier::stored && !integer) {
+    bool scalarX = false, scalarW = false, direct = unscaled;
+    if (!unscaled && p.x.scale[1].codec == ScaleCodec::none && p.weights[0].outer.codec == ScaleCodec::none &&
+        vectorScales(p.x.scale[0], rows, scalarX) && vectorScales(p.weights[0].scale, p.n, scalarW) && scalarX == scalarW) {
+      product.scaleX = reinterpret_cast<const float*>(p.x.scale[0].at);
+      product.scaleW = reinterpret_cast<const float*>(p.weights[0].scale.at);
+      product.mode = scalarX ? CublasLt::kScalar : CublasLt::kOuterVector;
+      direct = true;
+    }
+    if (direct) {
+      product.w = p.weights[0].codes;
+      product.d = e.out.at;
+      product.strideD = e.out.stride;
+      product.c = e.residual.at;
+      product.strideC = e.residual.stride;
+      const cudaError_t error = matmul(launch, product);
+      if (error != cudaErrorNotSupported) return error;
+      product.scaleX = product.scaleW = nullptr;
+      product.c = nullptr;
+    }
+  }
+
+  p.products = reinterpret_cast<float*>(take(int64_t{4} * p.parts * rows * p.n));
+  if (static_cast<uint64_t>(at - scratch) > scratchBytes) return cudaErrorMemoryAllocation;
+  if (!unscaled) {
+    const size_t shared = zeroColumns(p) > 0 ? size_t(p.columns) / 8 * 4 : 0;
+    carryX<<<rows, kThreads, shared, launch.stream>>>(p);
+    const cudaError_t error = carryWeights(launch, p);
+    if (error != cudaSuccess) return error;
+  }
+  product.strideD = p.n;
+  product.strideC = p.n;
+  for (int matrix = 0; matrix < p.parts; matrix++) {
+    product.d = p.products + int64_t(matrix) * rows * p.n;
+    product.c = nullptr;
+    // The smallest products first: what they round is rounded away least.
+    const int most = p.xParts == 1 || p.wParts == 1 ? 2 : p.carrier == Carrier::f16 ? 1 : 2;
+    for (int order = most; order >= 0; order--) {
+      for (int part = 0; part < p.xParts; part++) {
+        const int other = order - part;
+        if (other < 0 || other >= p.wParts) continue;
+        if (converts) {
+          product.x = p.xCarrier + int64_t{2} * part * rows * p.columns;
+          product.w = p.wCarrier + int64_t{2} * (int64_t(matrix) * p.wParts + other) * p.n * p.columns;
+        } else {
+          product.w = p.carrier == Carrier::s8 ? p.wCarrier + int64_t(matrix) * p.n * p.columns : p.weights[matrix].codes;
+        }
+        const cudaError_t error = matmul(launch, product);
+        if (error != cudaSuccess) return error;
+        product.c = product.d;
+      }
+    }
+  }
+  if (integer) launchFinish<true>(launch, p, !unscaled, rows);
+  else launchFinish<false>(launch, p, !unscaled, rows);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace fewbit::linear
+
+namespace fewbit {
+extern const Entry kLinearGemmEntries[];
+extern const size_t kLinearGemmEntryCount;
+const Entry kLinearGemmEntries[] = {{"linear/gemm", 1, linear::run}};
+const size_t kLinearGemmEntryCount = sizeof kLinearGemmEntries / sizeof *kLinearGemmEntries;
+}  // namespace fewbit

@@ -1,0 +1,226 @@
+import { roundUp } from "../../../core/shape.js";
+import { type Codec, codecName, type Format } from "../../../formats/format.js";
+import type { Requirement } from "../../../plan/select.js";
+import type { BoundStep } from "../../../plan/step.js";
+import type { Capabilities } from "../../backend.js";
+import { linearStep } from "../../linear-step.js";
+import { type Entry, type NativeKernel, scratch } from "../kernel.js";
+import {
+  formatsOf,
+  isInteger,
+  isSeparable,
+  LinearArguments,
+  scaleRun,
+  significantBits,
+  stepObstacle,
+} from "./linear-arguments.js";
+
+const GEMM: Entry = { name: "linear/gemm", abi: 1 };
+
+/** What the tensor cores multiply, in the order of `Carrier` in gemm.cu. */
+const CARRIERS = ["stored", "bf16", "f16", "s8"] as const;
+
+/** How a step becomes products of carriers: how many of them make an element, and whether they hold its scales. */
+interface Plan {
+  readonly carrier: (typeof CARRIERS)[number];
+  readonly xParts: number;
+  readonly wParts: number;
+  readonly scaledX: boolean;
+  readonly scaledW: boolean;
+}
+
+/** The feature of a device that may use float8 tensor cores although their sums are shorter than float32. */
+export const SHORT_FLOAT8_SUMS = "float8-short-sums";
+
+const unscaled = (format: Format, codec: string) => format.scales.length === 0 && codecName(format.element) === codec;
+const isFloat8 = (codec: Codec) => codec.kind === "float" && ["e4m3", "e5m2"].includes(codecName(codec));
+const isSigned8 = ({ element, zero }: Format) =>
+  element.kind === "int" && element.signed && element.bits === 8 && zero.domain === "none";
+
+/** Both operands as they lie in memory, or why not. */
+function asStored(bound: BoundStep, device: Capabilities): Plan | string {
+  const { weight, x, n, k } = formatsOf(bound);
+  const plan = { carrier: "stored", xParts: 1, wParts: 1, scaledX: false, scaledW: false } as const;
+  if (x === null) return "x is float32, which tensor cores round";
+  if (k % 8 !== 0) return `K must be a multiple of 8: K is ${k}`;
+  if (unscaled(x, "bf16") && unscaled(weight, "bf16")) return plan;
+  if (!isSeparable(x, k) || scaleRun(weight, k) < k) return "scales that change along K are not applied by the library";
+  if (k % 16 !== 0 || n % 16 !== 0) return `K and N must be multiples of 16: they are ${k} and ${n}`;
+  if (isSigned8(x) && isSigned8(weight)) return plan;
+  if (!isFloat8(x.element) || !isFloat8(weight.element))
+    return `tensor cores do not multiply ${x.name} by ${weight.name}`;
+  if (codecName(x.element) === "e5m2" && codecName(weight.element) === "e5m2")
+    return "the library does not multiply e5m2 by e5m2";
+  if (!device.features.has("sm>=89")) return "the device has no float8 tensor cores";
+  return device.features.has(SHORT_FLOAT8_SUMS)
+    ? plan
+    : `float8 tensor cores keep about 14 bits of a sum, less than linear's bound: the device was not opened with ${SHORT_FLOAT8_SUMS}`;
+}
+
+/** Whether every code times its scale is a number of at most `bits` significant bits. */
+function exactProduct({ element, scales, zero }: Format, bits: number): boolean {
+  const [first] = scales;
+  if (first === undefined || (zero.domain === "int" && zero.codec.kind !== "int")) return false;
+  // A code of b bits, its middle subtracted, is at most 2^(b - 1), itself a power of two: b - 1 significant bits.
+  const ofCode =
+    element.kind === "int" ? (zero.domain === "int" ? element.bits + 1 : element.bits - 1) : significantBits(element);
+  return ofCode + significantBits(first.codec) <= bits;
+}
+
+/** Codes of both as exact integers of 8 bits, summed in int32. */
+function asBytes(bound: BoundStep): Plan | string {
+  const { weight, x, n, k } = formatsOf(bound);
+  if (x === null || !isSigned8(x)) return "x must hold signed 8-bit integers without zero points";
+  if (!isInteger(weight) || weight.zero.domain !== "none")
+    return `${weight.name} does not hold integers without zero points`;
+  if (isSigned8(weight)) return "its codes are signed bytes as they are stored";
+  const { element } = weight;
+  if (element.kind !== "int" || (!element.signed && element.bits > 7))
+    return `codes of ${weight.name} are no signed bytes`;
+  if (!isSeparable(x, k) || scaleRun(weight, k) < k)
+    return "scales change along K, where integer sums would have to end";
+  if (k % 16 !== 0 || n % 16 !== 0) return `K and N must be multiples of 16: they are ${k} and ${n}`;
+  return { carrier: "s8", xParts: 1, wParts: 1, scaledX: false, scaledW: false };
+}
+
+/** Both operands as sums of bf16 numbers. */
+function asBf16(bound: BoundStep): Plan | string {
+  const { weight, x, k } = formatsOf(bound);
+  if (x !== null && isInteger(x) && isInteger(weight))
+    return "sums of integer products must be exact, and float32 sums are not";
+  if (weight.zero.domain === "float") return `${weight.name} adds zero points`;
+  const run = scaleRun(weight, k);
+  if (run < k && run % 8 !== 0) return `its scale changes every ${run} elements: 8 are decoded at once`;
+  const separable = x !== null && isSeparable(x, k);
+  const scaledW = run < k;
+  const wParts = !scaledW || exactProduct(weight, 8) ? 1 : 3;
+  return { carrier: "bf16", xParts: separable ? 1 : 3, wParts, scaledX: !separable, scaledW };
+}
+
+/** Scaled 4-bit weights as f16 numbers of a row's power of two, and x as one or two of them. */
+function asF16(bound: BoundStep): Plan | string {
+  const { weight, x, k } = formatsOf(bound);
+  if (x !== null && isInteger(x) && isInteger(weight))
+    return "sums of integer products must be exact, and float32 sums are not";
+  const run = scaleRun(weight, k);
+  if (weight.element.kind !== "int" || !exactProduct(weight, 11))
+    return `scaled values of ${weight.name} are not exact in f16`;
+  if (weight.zero.domain === "int") return `zero points of ${weight.name} may take its codes past f16's range`;
+  if (run >= k && weight.zero.domain !== "float") return "its scales do not change along K, and bf16 holds its codes";
+  if (run % 8 !== 0) return `its scale changes every ${run} elements: 8 are decoded at once`;
+  if (weight.zero.domain === "float" && significantBits(weight.zero.codec) > 11)
+    return `zero points of ${weight.name} are not exact in f16`;
+  const exact = x !== null && x.scales.length === 0 && significantBits(x.element) <= 11;
+  return { carrier: "f16", xParts: exact ? 1 : 2, wParts: 1, scaledX: true, scaledW: true };
+}
+
+const library: Requirement = {
+  unmet: (_, device) => (device.features.has("cublaslt") ? null : "no cuBLASLt was found"),
+};
+const described: Requirement = { unmet: stepObstacle };
+const manyRows: Requirement = {
+  unmet: (bound) => (bound.outputRows >= 8 ? null : `x must have at least 8 rows: it has ${bound.outputRows}`),
+};
+const within: Requirement = {
+  unmet: (bound) => (bound.outputRows <= 65535 ? null : `x has ${bound.outputRows} rows: 65535 are a grid's`),
+};
+
+const planned = (make: Make): Requirement => ({
+  unmet: (bound, device) => {
+    const plan = make(bound, device);
+    return typeof plan === "string" ? plan : null;
+  },
+});
+
+/** K of the carriers: padded, and in f16 two columns for each float zero point of a row. */
+function columnsOf({ carrier }: Plan, { weight, k }: { weight: Format; k: number }): number {
+  const zeros = carrier === "f16" && weight.zero.domain === "float" ? Math.ceil(k / scaleRun(weight, k)) * 2 : 0;
+  return roundUp(k, 16) + roundUp(zeros, 8);
+}
+
+/** As gemm.cu takes it apart: every array starts on 256 bytes. */
+function scratchBytes(bound: BoundStep, plan: Plan): number {
+  const { n, k, weight } = formatsOf(bound);
+  const rows = bound.outputRows;
+  const matrices = linearStep(bound).parts.length;
+  const columns = columnsOf(plan, { weight, k });
+  const converts = plan.carrier === "bf16" || plan.carrier === "f16";
+  const arrays = [
+    converts ? 2 * plan.xParts * rows * columns : 0,
+    converts ? 2 * matrices * plan.wParts * n * columns : 0,
+    plan.carrier === "s8" ? matrices * n * columns : 0,
+    4 * rows,
+    4 * matrices * n,
+    4 * matrices * rows * n,
+  ];
+  return arrays.reduce((sum, bytes) => sum + roundUp(bytes, 256), 0);
+}
+
+type Make = (bound: BoundStep, device: Capabilities) => Plan | string;
+
+function row(id: string, make: Make, efficiency: NativeKernel["efficiency"]): NativeKernel {
+  const planOf = (bound: BoundStep, device: Capabilities): Plan => {
+    const plan = make(bound, device);
+    if (typeof plan === "string") throw new TypeError(`${id} was built for a step it refuses: ${plan}`);
+    return plan;
+  };
+  return {
+    id,
+    kind: "linear",
+    entries: [GEMM],
+    requires: [library, described, manyRows, within, planned(make)],
+    efficiency,
+    scratch: (bound, device) => scratchBytes(bound, planOf(bound, device)),
+    build: (context) => {
+      const { bound, device } = context;
+      const plan = planOf(bound, device);
+      const { weight, k } = formatsOf(bound);
+      const { bindings, args } = new LinearArguments()
+        .weightGroup(context)
+        .activations(context)
+        .epilogue(context)
+        .int(CARRIERS.indexOf(plan.carrier), plan.xParts, plan.wParts, plan.scaledX, plan.scaledW)
+        .int(columnsOf(plan, { weight, k }))
+        .buffer(scratch);
+      return [{ label: bound.describe(), entry: GEMM, bindings, args }];
+    },
+  };
+}
+
+const only =
+  (make: Make, keep: (plan: Plan) => boolean, reason: string): Make =>
+  (bound, device) => {
+    const plan = make(bound, device);
+    return typeof plan === "string" || keep(plan) ? plan : reason;
+  };
+const whole = (plan: Plan) => plan.xParts * plan.wParts === 1;
+
+/** Products by tensor cores, through cuBLASLt. Efficiencies are those of an H100 (bench/NOTES.md). */
+export const GEMM_KERNELS: readonly NativeKernel[] = [
+  row("cuda/linear/cublaslt", asStored, { bandwidth: 0.8, compute: 0.6 }),
+  row("cuda/linear/cublaslt_s8", asBytes, { bandwidth: 0.3, compute: 0.8 }),
+  row("cuda/linear/cublaslt_bf16", only(asBf16, whole, "an element takes several bf16 numbers"), {
+    bandwidth: 0.12,
+    compute: 0.5,
+  }),
+  row("cuda/linear/cublaslt_f16", only(asF16, whole, "an element takes several f16 numbers"), {
+    bandwidth: 0.12,
+    compute: 0.45,
+  }),
+  row(
+    "cuda/linear/cublaslt_f16_split",
+    only(asF16, (plan) => !whole(plan), "an element is one f16 number"),
+    {
+      bandwidth: 0.08,
+      compute: 0.25,
+    },
+  ),
+  row(
+    "cuda/linear/cublaslt_bf16_split",
+    only(asBf16, (plan) => !whole(plan), "an element is one bf16 number"),
+    {
+      bandwidth: 0.06,
+      compute: 0.12,
+    },
+  ),
+];

@@ -1,0 +1,99 @@
+import { codecBits, codecName, type Format } from "../../../formats/format.js";
+import type { Requirement } from "../../../plan/select.js";
+import type { BoundStep } from "../../../plan/step.js";
+import { linearStep } from "../../linear-step.js";
+import { type Entry, type NativeKernel, scratch } from "../kernel.js";
+import { formatsOf, isInteger, isSeparable, LinearArguments, scaleRun, stepObstacle } from "./linear-arguments.js";
+
+const SKINNY: Entry = { name: "linear/skinny", abi: 1 };
+
+/** In the order of `Promote` in skinny.cuh. */
+const PROMOTE = ["end", "scaled", "integer"] as const;
+/** Elements of a segment, the unit of the walk along K. */
+const SEGMENT = 32;
+/** Rows of x from which on weights are read too often. */
+const MOST_ROWS = 32;
+/** Columns of x, as bf16 numbers, that one pass over the weights takes. */
+const MOST_COLUMNS = 32;
+
+/** Segments of one chunk, as `Chunk` in skinny.cuh. */
+const chunkSegments = (bits: number): number => (bits === 16 ? 2 : bits <= 4 ? 8 : 4);
+
+/** Blocks of 16 elements whose scales are exact in bf16 together with the codes, which they multiply. */
+const folds = ({ element, scales }: Format): boolean =>
+  codecName(element) === "e2m1" && scales[0]?.block.join() === "1,16" && codecName(scales[0].codec) === "e4m3";
+
+const described: Requirement = {
+  unmet: (bound) => {
+    const { weight, x, k } = formatsOf(bound);
+    const obstacle = stepObstacle(bound);
+    if (obstacle !== null) return obstacle;
+    if (x !== null && isInteger(x) && isInteger(weight) && !isSeparable(x, k))
+      return "scales of integer activations change along K: their exact sums end inside a segment";
+    const run = scaleRun(weight, k);
+    if (run >= k || folds(weight)) return null;
+    const segments = run / SEGMENT;
+    const chunk = chunkSegments(codecBits(weight.element));
+    const divides = Number.isInteger(segments) && (chunk % segments === 0 || segments % chunk === 0);
+    return divides ? null : `its scale changes every ${run} elements, which chunks of ${chunk * SEGMENT} do not fit`;
+  },
+};
+
+const fewRows: Requirement = {
+  unmet: (bound) => {
+    const rows = bound.outputRows;
+    return rows <= MOST_ROWS ? null : `x must have at most ${MOST_ROWS} rows: it has ${rows}`;
+  },
+};
+
+/** Shared memory that a block's rings of weights need beside `SLICE_BYTES` of x. */
+const LEAST_MEMORY = 160 * 1024;
+/** Bytes of x, as bf16 columns, that fit in a block of any device with that much. */
+const SLICE_BYTES = 32 * 1024;
+
+const sharedMemory: Requirement = {
+  unmet: (_, { workgroupMemory }) =>
+    workgroupMemory >= LEAST_MEMORY
+      ? null
+      : `a block needs ${LEAST_MEMORY} bytes of shared memory: it has ${workgroupMemory}`,
+};
+
+/** Partial sums of slices of K, for when x does not fit in one block's shared memory. */
+function scratchBytes(bound: BoundStep): number {
+  const { n, k, x } = formatsOf(bound);
+  const columns = Math.min(bound.outputRows * (x !== null && isSeparable(x, k) ? 1 : 3), MOST_COLUMNS);
+  const bytes = k * columns * 2;
+  if (bytes <= SLICE_BYTES) return 0;
+  return 4 * (Math.ceil(bytes / SLICE_BYTES) + 1) * bound.outputRows * n * linearStep(bound).parts.length;
+}
+
+export const SKINNY_KERNELS: readonly NativeKernel[] = [
+  {
+    id: "cuda/linear/skinny",
+    kind: "linear",
+    entries: [SKINNY],
+    requires: [sharedMemory, described, fewRows],
+    rowTile: 8,
+    efficiency: { bandwidth: 0.75, compute: 0.06 },
+    scratch: scratchBytes,
+    build: (context) => {
+      const { weight, x, k } = formatsOf(context.bound);
+      const bits = codecBits(weight.element);
+      const run = scaleRun(weight, k);
+      const fold = folds(weight);
+      const scaled = weight.zero.domain === "float" || (run < k && !fold);
+      const integer = x !== null && isInteger(x) && isInteger(weight);
+      const promote = scaled ? "scaled" : integer ? "integer" : "end";
+      const unit = Math.min(chunkSegments(bits), scaled && run < k ? run / SEGMENT : chunkSegments(bits));
+      const separable = x !== null && isSeparable(x, k);
+      const needed = scratchBytes(context.bound) > 0;
+      const { bindings, args } = new LinearArguments()
+        .weightGroup(context)
+        .activations(context)
+        .epilogue(context)
+        .int(PROMOTE.indexOf(promote), unit, fold, separable, separable ? 1 : 3)
+        .buffer(needed ? scratch : undefined);
+      return [{ label: context.bound.describe(), entry: SKINNY, bindings, args }];
+    },
+  },
+];

@@ -1,0 +1,179 @@
+import { describe, expect, test } from "vitest";
+import { cudaCapabilities, H100 } from "../../src/backends/native/capabilities.js";
+import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
+import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
+import { SHORT_FLOAT8_SUMS } from "../../src/backends/native/kernels/linear-gemm.js";
+import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
+import { storedLayout } from "../../src/backends/stored-layout.js";
+import { codecVector, type Format, formatKey, withScale } from "../../src/formats/format.js";
+import { FORMATS } from "../../src/formats/table.js";
+import { scaleGranularity } from "../../src/formats/tensor.js";
+import { dense, GraphBuilder, stored } from "../../src/ir/graph.js";
+import { makePlan, type Plan } from "../../src/plan/plan.js";
+import type { Choice } from "../../src/plan/select.js";
+import { BoundStep } from "../../src/plan/step.js";
+
+const hopper = cudaCapabilities(H100, ["cublaslt"]);
+const kernels = [...LINEAR_KERNELS, ...GENERAL_KERNELS];
+const [N, K] = [512, 1024];
+
+interface Case {
+  readonly weight: Format;
+  readonly x?: Format;
+  readonly rows?: number;
+  readonly gated?: boolean;
+  readonly residual?: boolean;
+  readonly bias?: boolean;
+  readonly n?: number;
+  readonly k?: number;
+}
+
+function plan(made: Case, on = hopper): Plan {
+  const { weight, x, rows = 1, gated = false, residual = false, bias = false, n = N, k = K } = made;
+  const g = new GraphBuilder({});
+  const input = x === undefined ? g.input("x", dense("f32", [rows, k])) : g.state("x", stored(x, [rows, k]));
+  const linear = (name: string) => {
+    const operands = [input, g.weight(`${name}.weight`, stored(weight, [n, k]))];
+    if (bias) operands.push(g.weight(`${name}.bias`, dense("f32", [n])));
+    return g.one("linear", operands, {}, name);
+  };
+  let y = linear("gate");
+  if (gated) y = g.one("binary", [g.one("unary", [y], { fn: "silu" }, "act"), linear("up")], { fn: "mul" }, "product");
+  else if (residual) y = g.one("binary", [y, g.input("r", dense("f32", [rows, n]))], { fn: "add" }, "sum");
+  g.output("y", y);
+  return makePlan(g.build(), { kernels, capabilities: on });
+}
+
+const chosen = (made: Plan) => made.buckets[0]?.choices[0] as Choice<NativeKernel>;
+
+function dispatchOf(made: Plan, on = hopper): NativeDispatch {
+  const bound = new BoundStep(made.graph, made.steps[0] as Plan["steps"][number], {});
+  const [dispatch] = chosen(made).kernel.build(new BuildContext(bound, made.memory, on, {}));
+  return dispatch as NativeDispatch;
+}
+
+/** Reads args in the order of native/kernels/linear/arguments.hpp; answers with what tests look at. */
+function parse({ args, bindings, entry }: NativeDispatch) {
+  let at = 0;
+  const take = () => {
+    expect(at).toBeLessThan(args.length);
+    return args[at++] as number;
+  };
+  const skip = (count: number) => void Array.from({ length: count }, take);
+  const buffer = () => {
+    const index = take();
+    expect(index).toBeLessThan(bindings.length);
+    return index;
+  };
+  const blocks = () => {
+    const codec = take();
+    return codec === 0 ? null : { codec, offset: take(), rows: take(), k: take(), columns: take() };
+  };
+  const strided = () => (buffer() < 0 ? null : { stride: take(), column: take() });
+  const [kind, parts, n, k, rowBytes] = [take(), take(), take(), take(), take()];
+  skip(6); // flip, offset, integer zeros, mantissa, multiplier, float zeros
+  const weights = Array.from({ length: parts }, () => ({
+    buffer: buffer(),
+    scale: blocks(),
+    outer: blocks(),
+    zero: blocks(),
+  }));
+  buffer();
+  skip(4); // bits, half, stride, offset
+  const table = buffer();
+  const x = { table, scale: blocks(), outer: blocks(), zero: blocks(), rows: [take(), take()] };
+  const fn = take();
+  const [out, residual, biases] = [strided(), strided(), [buffer(), buffer()]];
+  const rest = args.slice(at, -1);
+  const scratch = args.at(-1) as number;
+  expect(rest.length).toBe(entry.name === "linear/skinny" ? 5 : 6);
+  return { kind, parts, n, k, rowBytes, weights, x, fn, out, residual, biases, rest, scratch };
+}
+
+const activations = { dense: undefined, bf16: FORMATS.bf16, int8: FORMATS.int8, float8: FORMATS.float8_e4m3 } as const;
+const formats = Object.values(FORMATS).flatMap((format) => [
+  format,
+  ...format.blocks.filter(([, size]) => size === "all" || K % size === 0).map((block) => withScale(format, { block })),
+]);
+
+describe("linear on CUDA", () => {
+  test.each(Object.keys(activations) as (keyof typeof activations)[])(
+    "every format, x %s: args are read to their end",
+    (name) => {
+      const x = activations[name];
+      for (const weight of formats) {
+        if (codecVector(weight.element)[0] !== 1 || K % scaleGranularity(weight, K) !== 0) continue;
+        for (const shape of [{ rows: 1 }, { rows: 8, gated: true, bias: true }, { rows: 512, residual: true }]) {
+          const made = plan({ weight, ...(x === undefined ? {} : { x }), ...shape });
+          const { kernel } = chosen(made);
+          if (!LINEAR_KERNELS.includes(kernel)) continue;
+          const read = parse(dispatchOf(made));
+          const { words, rowStride } = storedLayout(weight, [N, K]);
+          expect([read.n, read.k, read.rowBytes, read.parts], formatKey(weight)).toEqual([
+            N,
+            K,
+            rowStride * 4,
+            "gated" in shape ? 2 : 1,
+          ]);
+          for (const found of [read.weights[0]?.scale, read.weights[0]?.outer, read.weights[0]?.zero]) {
+            if (found === null || found === undefined) continue;
+            // Each run of scales starts within the tensor, and its blocks cover it.
+            expect(found.offset).toBeLessThan(words * 4);
+            expect(found.k * found.columns).toBeGreaterThanOrEqual(K);
+          }
+          const bytes = kernel.scratch?.(new BoundStep(made.graph, made.steps[0] as never, {}), hopper) ?? 0;
+          expect(read.scratch >= 0, `${kernel.id} ${formatKey(weight)}`).toBe(bytes > 0);
+        }
+      }
+    },
+  );
+
+  const id = (made: Case, on = hopper) => chosen(plan(made, on)).kernel.id;
+  const big = { n: 4096, k: 4096 };
+
+  test("one row streams the weights; many rows go to tensor cores, as few products as are exact", () => {
+    for (const weight of [FORMATS.bf16, FORMATS.int8, FORMATS.int4_plain, FORMATS.nvfp4, FORMATS.mxfp4])
+      expect(id({ weight, ...big })).toBe("cuda/linear/skinny");
+    const many = { rows: 4096, x: FORMATS.bf16, ...big };
+    expect(id({ weight: FORMATS.bf16, ...many })).toBe("cuda/linear/cublaslt");
+    expect(id({ weight: FORMATS.int8, ...many })).toBe("cuda/linear/cublaslt_bf16");
+    expect(id({ weight: FORMATS.nvfp4, ...many })).toBe("cuda/linear/cublaslt_bf16");
+    // Seven times a bf16 has 11 significant bits: too many for bf16, exact in f16.
+    expect(id({ weight: FORMATS.int4_plain, ...many })).toBe("cuda/linear/cublaslt_f16");
+    expect(id({ weight: FORMATS.int4_int_zero, ...many })).toBe("cuda/linear/cublaslt_bf16_split");
+    // Its zero point may be any byte, so the row's largest value is not known from its scales.
+    expect(id({ weight: FORMATS.uint2, ...many })).toBe("cuda/linear/cublaslt_bf16_split");
+    expect(id({ weight: FORMATS.int8, ...many, x: FORMATS.int8 })).toBe("cuda/linear/cublaslt");
+    expect(id({ weight: FORMATS.int4_symmetric, ...many, x: FORMATS.int8 })).toMatch(/general|plain/);
+  });
+
+  test("float32 activations are split, never rounded", () => {
+    const made = plan({ weight: FORMATS.bf16, rows: 4096, ...big });
+    expect(chosen(made).kernel.id).toBe("cuda/linear/cublaslt_bf16_split");
+    const [carrier, xParts, wParts, scaledX] = parse(dispatchOf(made)).rest;
+    expect([carrier, xParts, wParts, scaledX]).toEqual([1, 3, 1, 1]);
+    expect(parse(dispatchOf(plan({ weight: FORMATS.bf16 }))).rest.slice(-2)).toEqual([0, 3]);
+  });
+
+  test("float8 tensor cores, whose sums are short, are used only where a device was opened so", () => {
+    const made = { weight: FORMATS.float8_e4m3, x: FORMATS.float8_e4m3, rows: 4096, ...big };
+    const refused = chosen(plan(made)).explanation;
+    expect(refused.kernel).toBe("cuda/linear/cublaslt_bf16");
+    expect(refused.rejected.find((row) => row.id === "cuda/linear/cublaslt")?.reason).toContain("14 bits");
+    expect(id(made, cudaCapabilities(H100, ["cublaslt", SHORT_FLOAT8_SUMS]))).toBe("cuda/linear/cublaslt");
+  });
+
+  test("a device with little shared memory has no room for rings of weights", () => {
+    const ada = cudaCapabilities({ ...H100, name: "NVIDIA L40S", major: 8, minor: 9, sharedMemory: 101_376 });
+    const { kernel, rejected } = chosen(plan({ weight: FORMATS.bf16 }, ada)).explanation;
+    expect(kernel).toMatch(/^cuda\/linear\/(general|plain)/);
+    expect(rejected.find((row) => row.id === "cuda/linear/skinny")?.reason).toContain("shared memory");
+  });
+
+  test("without the library everything still has a kernel", () => {
+    const on = cudaCapabilities(H100);
+    const { kernel, rejected } = chosen(plan({ weight: FORMATS.bf16, x: FORMATS.bf16, rows: 512 }, on)).explanation;
+    expect(kernel).toMatch(/^cuda\/linear\/(general|plain)/);
+    expect(rejected.find((row) => row.id === "cuda/linear/cublaslt")?.reason).toContain("no cuBLASLt");
+  });
+});
