@@ -79,6 +79,7 @@ export function generatePage(): HTMLElement {
       progress.max = Math.max(total, 1);
       progress.value = done;
     };
+    show("Starting …", 0, 1);
     let count = 0;
     const notice = (event: GenerateNotice) => {
       if (event.kind === "stage") show(`${event.text} …`, event.done, event.total);

@@ -102,7 +102,9 @@ describe("a run of the whole quick matrix", () => {
     for (const result of node.results) {
       const other = here.results.find(({ id }) => id === result.id);
       expect([result.id, other?.status, other?.digest]).toEqual([result.id, result.status, result.digest]);
-      expect(result.digest === null).toBe(result.status === "unsupported");
+      // What a norm or an activation has made has a tolerance, and so have its codes: those are compared by their errors alone.
+      const exact = result.status !== "unsupported" && result.id.includes("/values/");
+      expect(result.digest !== null, result.id).toBe(exact);
     }
     expect(diffReports(node, here)).toEqual({ status: [], details: [], same: node.results.length });
   });
