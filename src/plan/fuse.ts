@@ -89,7 +89,8 @@ function sameRows(view: View, group: readonly number[]): boolean {
 /** The quantize that alone reads a value and chooses its codes row by row, so that a row can be made and quantized at once. */
 function rowQuantizeOf(view: View, id: ValueId): number | null {
   const index = soleReader(view, id, "quantize");
-  if (index === null) return null;
+  // Scales that are given are operands of their own, which no fused kernel reads.
+  if (index === null || nodeAt(view, index).inputs.length > 1) return null;
   const { format, heads } = (nodeAt(view, index) as Node<"quantize">).attrs;
   // An nf4 scale is quantized together with those of other rows.
   const byRow = format.rule.kind !== "nf4" && format.scales.every(({ block }) => block[0] === 1);

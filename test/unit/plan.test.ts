@@ -264,6 +264,19 @@ describe("optional fusions", () => {
       expect(names(optionalGraphs(format), OPTIONAL).flat()).not.toContain("activation+quantize");
   });
 
+  test("never where scales are given, or made by the norm: no fused kernel reads those operands", () => {
+    for (const swapped of [false, true]) {
+      const g = new GraphBuilder();
+      const x = g.input("x", dense("f32", [4, 64]));
+      const scale = g.input("scale", dense("f32", [4, 1]));
+      const normed = g.one("rmsnorm", [swapped ? scale : x, g.weight("w", dense("f32", [swapped ? 1 : 64]))], {
+        eps: 1e-5,
+      });
+      g.output("y", g.one("quantize", swapped ? [x, normed] : [normed, scale], { format: FORMATS.int8 }));
+      expect(names([g.build()], OPTIONAL)).toEqual([["rmsnorm", "quantize"]]);
+    }
+  });
+
   test("a kernel that does not name the fusion is refused, with the reason", () => {
     const [graph] = optionalGraphs() as [Graph];
     const plain = kernel("toy/quantize/plain", "quantize", 1);
