@@ -1,4 +1,5 @@
 import { FewbitError } from "../core/errors.js";
+import type { Format } from "../formats/format.js";
 import type { Node, ValueId } from "../ir/graph.js";
 import type { UnaryFn } from "../ir/ops.js";
 import type { BoundStep } from "../plan/step.js";
@@ -19,6 +20,8 @@ export interface LinearStep {
   readonly biases: readonly (readonly ValueId[])[];
   readonly epilogue: Epilogue;
   readonly out: ValueId;
+  /** The format without scales to which `out` is rounded when it is stored; null: `out` is dense float32. */
+  readonly rounds: Format | null;
   readonly k: number;
 }
 
@@ -27,6 +30,7 @@ export function linearStep(bound: BoundStep): LinearStep {
   const linears = nodes.filter((node): node is Node<"linear"> => node.op === "linear");
   const unary = nodes.find((node): node is Node<"unary"> => node.op === "unary");
   const binary = nodes.find((node): node is Node<"binary"> => node.op === "binary");
+  const quantize = nodes.find((node): node is Node<"quantize"> => node.op === "quantize");
   const first = linears[0];
   if (first === undefined)
     throw new FewbitError("graph/invalid", { where: bound.describe(), reason: "it holds no linear" });
@@ -51,6 +55,7 @@ export function linearStep(bound: BoundStep): LinearStep {
     biases: biases.length === 0 ? [] : gated ? biases.map((id) => [id]) : [biases],
     epilogue,
     out: outputs[0] as ValueId,
+    rounds: quantize?.attrs.format ?? null,
     k: bound.shape(x).at(-1) as number,
   };
 }

@@ -32,6 +32,8 @@ export interface StoredMatrix {
   readonly shape: readonly [n: number, k: number];
   /** The format that the activation is quantized to on every call; null for weight-only matrices. */
   readonly activation: Format | null;
+  /** Whether its linears declare `fastAccum` (default: no). */
+  readonly fastAccum?: boolean;
   /** What the file calls it, for people: "GPTQ int4", "Q6_K". */
   readonly kind: string;
   /** The axis along which the file can be cut, in multiples of `step`; `columns` steps hold whole words of codes. */
@@ -39,6 +41,10 @@ export interface StoredMatrix {
   readonly step: number;
   /** Bytes of the file that one row (or column) takes, for choosing the size of slabs. */
   readonly bytesPerLine: number;
+  /** Row i of the tensor is row rows[i] of the file; blocks of scales are rows then, or parts of one, and come from `blocks`. */
+  readonly rows?: Uint32Array;
+  /** Column i of the tensor is column columns[i] of the file, so that its input has to be reordered likewise. Slabs have `elements`. */
+  readonly columns?: Uint32Array;
   /** Codes of rows (columns) [begin, end). Scales and zero points come with the rows, or all at once from `blocks`. */
   read(begin: number, end: number, signal?: AbortSignal): Promise<Slab>;
   blocks?(signal?: AbortSignal): Promise<BlockCodes>;
@@ -73,18 +79,19 @@ export async function loadStored(matrix: StoredMatrix, options: LoadStoredOption
     if (zero !== undefined && tensor.zero !== undefined && format.zero.domain !== "none")
       filled.zero = writeFlat(tensor.zero, filled.zero, zero, codecBits(format.zero.codec));
   };
+  const places = { rows: inverse(matrix.rows), columns: inverse(matrix.columns) };
   const total = cut === "rows" ? shape[0] : shape[1];
   const lines = Math.max(step, Math.floor(tileBytes / Math.max(1, matrix.bytesPerLine * step)) * step);
   for (let begin = 0; begin < total; begin += lines) {
     throwIfAborted(signal, `loading ${matrix.kind}`);
     const end = Math.min(begin + lines, total);
     const slab = await matrix.read(begin, end, signal);
-    if (cut === "rows") putElements(tensor, slab, [begin, end], [0, shape[1]]);
-    else putElements(tensor, slab, [0, shape[0]], [begin, end]);
+    if (cut === "rows") putElements(tensor, slab, [begin, end], [0, shape[1]], places);
+    else putElements(tensor, slab, [0, shape[0]], [begin, end], places);
     put(slab);
     options.onRows?.(Math.floor((end / total) * shape[0]), shape[0]);
   }
-  if (matrix.blocks !== undefined) put(await matrix.blocks(signal));
+  if (matrix.blocks !== undefined) put(inRowOrder(await matrix.blocks(signal), matrix.rows));
   checkTensor(tensor, matrix.kind);
   const counts = format.scales.map((level) => blockGrid(level.block, shape)).map(([rows, columns]) => rows * columns);
   const zeros = words.zero > 0 ? (counts[0] as number) : 0;
@@ -97,12 +104,38 @@ export async function loadStored(matrix: StoredMatrix, options: LoadStoredOption
   return tensor;
 }
 
+/** Where each row and column of the file goes; null for an order that is kept. */
+interface Places {
+  readonly rows: Uint32Array | null;
+  readonly columns: Uint32Array | null;
+}
+
+function inverse(order: Uint32Array | undefined): Uint32Array | null {
+  if (order === undefined) return null;
+  const places = new Uint32Array(order.length);
+  for (const [i, from] of order.entries()) places[from] = i;
+  return places;
+}
+
+/** Block codes with their rows in another order. */
+function inRowOrder({ scales, zero, ...rest }: BlockCodes, rows: Uint32Array | undefined): BlockCodes {
+  if (rows === undefined) return { scales, ...rest, ...(zero === undefined ? {} : { zero }) };
+  const moved = (codes: Codes): Codes => {
+    const width = codes.length / rows.length;
+    const out = codes.slice();
+    for (const [i, from] of rows.entries()) out.set(codes.subarray(from * width, (from + 1) * width), i * width);
+    return out;
+  };
+  return { scales: scales.map(moved), ...rest, ...(zero === undefined ? {} : { zero: moved(zero) }) };
+}
+
 /** Packs a slab's element codes where they belong; column ranges start on a word. */
 function putElements(
   { format, shape, qdata }: QuantizedTensor,
   { elements, packed }: Slab,
   [rowBegin, rowEnd]: readonly [number, number],
   [kBegin, kEnd]: readonly [number, number],
+  places: Places,
 ): void {
   const bits = codecBits(format.element);
   const [patchRows, patchK] = codecVector(format.element);
@@ -113,10 +146,15 @@ function putElements(
   const rowBytes = Math.ceil((columns * bits) / 8);
   for (let row = rowBegin / patchRows; row < rowEnd / patchRows; row++) {
     const at = row - rowBegin / patchRows;
-    if (packed !== undefined)
-      bytes.set(packed.subarray(at * rowBytes, (at + 1) * rowBytes), row * stride * 4 + first / 8);
+    const base = (places.rows?.[row] ?? row) * stride;
+    if (places.columns !== null)
+      for (let c = 0; c < columns; c++) {
+        const code = (elements as Codes)[at * columns + c] as number;
+        writeCode(qdata, base, places.columns[kBegin + c] as number, bits, code & (2 ** bits - 1));
+      }
+    else if (packed !== undefined) bytes.set(packed.subarray(at * rowBytes, (at + 1) * rowBytes), base * 4 + first / 8);
     else if (elements !== undefined)
-      packRow(qdata, row * stride + first / 32, elements.subarray(at * columns, (at + 1) * columns), columns, bits);
+      packRow(qdata, base + first / 32, elements.subarray(at * columns, (at + 1) * columns), columns, bits);
   }
 }
 

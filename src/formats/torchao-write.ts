@@ -39,6 +39,8 @@ export interface ClassRequest {
   /** The dtype that the weight had. */
   readonly dtype: FloatType;
   readonly activation: Format | null;
+  /** Whether the linear declares `fastAccum` (default: no). */
+  readonly fastAccum?: boolean;
 }
 
 const TORCH: Readonly<Record<FloatType, string>> = { f32: "float32", f16: "float16", bf16: "bfloat16" };
@@ -193,7 +195,7 @@ function int8Class({ format, shape, dtype, activation }: ClassRequest): StoredCl
   );
 }
 
-function float8Class({ format, shape, dtype, activation }: ClassRequest): StoredClass | null {
+function float8Class({ format, shape, dtype, activation, fastAccum = false }: ClassRequest): StoredClass | null {
   const kinds = [FORMATS.float8_e4m3, FORMATS.float8_e5m2].flatMap((f) => [row(f), whole(f)]);
   const known = kinds.find((kind) => sameFormat(kind, activation));
   if (activation !== null && known === undefined) return null;
@@ -208,7 +210,7 @@ function float8Class({ format, shape, dtype, activation }: ClassRequest): Stored
       kernel_preference: enumMember("KernelPreference", "AUTO"),
     },
   };
-  const mm = { _type: "Float8MMConfig", _data: { emulate: false, use_fast_accum: true, pad_inner_dim: false } };
+  const mm = { _type: "Float8MMConfig", _data: { emulate: false, use_fast_accum: fastAccum, pad_inner_dim: false } };
   return classOf(
     "Float8Tensor",
     {

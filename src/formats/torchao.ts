@@ -148,7 +148,11 @@ const READERS: Readonly<Record<string, Reader>> = {
     const shape = stored.matrix("qdata");
     const row = stored.part("qdata").dtype === "F8_E5M2" ? FORMATS.float8_e5m2 : FORMATS.float8_e4m3;
     const format = withScale(row, { block: stored.block(shape), codec: stored.codec("scale") });
-    return stored.rows(format, shape, "packed", activationOf(stored), stored.plainBlocks());
+    const activation = activationOf(stored);
+    const mm = stored.attribute("mm_config") as { use_fast_accum?: unknown } | null | undefined;
+    const separable = [format, activation].every((operand) => operand?.scales[0]?.block[1] === "all");
+    const fastAccum = separable && mm?.use_fast_accum === true;
+    return { ...stored.rows(format, shape, "packed", activation, stored.plainBlocks()), fastAccum };
   },
   Int8Tensor: async (stored, signal) => {
     const shape = stored.matrix("qdata");

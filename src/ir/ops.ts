@@ -18,7 +18,11 @@ export interface OpAttrs {
   /** `groups`: a row is that many groups (heads), each with a mean square of its own and the same weights (default 1). */
   rmsnorm: { readonly eps: number; readonly groups?: number };
   layernorm: { readonly eps: number };
-  linear: Record<string, never>;
+  /**
+   * `fastAccum`: sums of float8 products may be as short as Hopper's tensor cores keep them (14 bits), torchao's `use_fast_accum`;
+   * without it they are float32. Only of float8 operands whose scales do not change along K.
+   */
+  linear: { readonly fastAccum?: boolean };
   conv2d: ConvAttrs;
   /**
    * `rotary`: only the first R elements of a head are rotated (default D, all of them). `interleaved` rotates neighbours
@@ -104,6 +108,21 @@ const f32 = (shape: readonly Dim[]): TensorType => ({ kind: "dense", dtype: "f32
 const at = <T>(list: readonly T[], index: number): T => list[index] as T;
 const elements = (shape: readonly number[] | undefined): number => (shape ?? []).reduce((a, b) => a * b, 1);
 
+/** Throws `graph/invalid` unless the operand is one that `fastAccum` speaks of. */
+function requireShortSums(type: TensorType, k: Dim, where: string): void {
+  const format = type.kind === "format" ? type.format : null;
+  if (format !== null && takesShortSums(format, k)) return;
+  const reason = `fastAccum is for float8 operands whose scales do not change along K: one is ${format?.name ?? "dense"}`;
+  throw new FewbitError("graph/invalid", { where, reason });
+}
+
+/** Whether a linear of K features may declare `fastAccum` for an operand in this format. */
+export const takesShortSums = ({ element, scales, zero }: Format, k: Dim): boolean =>
+  element.kind === "float" &&
+  1 + element.exponent + element.mantissa === 8 &&
+  zero.domain === "none" &&
+  scales.every(({ block }) => block[1] === "all" || block[1] === k);
+
 const elementwise = (arity: number) => (types: readonly TensorType[], _: unknown, where: string) => {
   const shape = requireDense(at(types, 0), "f32", `${where}.a`);
   if (arity === 2) requireShape(requireDense(at(types, 1), "f32", `${where}.b`), shape, `${where}.b`);
@@ -165,12 +184,13 @@ export const OPS: { readonly [Op in OpName]: OpSpec<Op> } = {
   linear: {
     operands: ["x", "weight", "bias"],
     optional: 1,
-    infer: (types, _attrs, where) => {
+    infer: (types, { fastAccum }, where) => {
       const x = at(types, 0);
       if (x.kind === "dense") requireDense(x, "f32", `${where}.x`);
       else requireBlocks(x.format, at(x.shape, x.shape.length - 1), `${where}.x`);
       const weight = requireFormat(at(types, 1), `${where}.weight`);
       const k = at(x.shape, x.shape.length - 1);
+      if (fastAccum) for (const type of [x, at(types, 1)]) requireShortSums(type, k, where);
       requireShape(weight.shape, [undefined, k], `${where}.weight`);
       requireBlocks(weight.format, k, `${where}.weight`);
       const n = at(weight.shape, 0);

@@ -2,6 +2,7 @@ import { FewbitError } from "../core/errors.js";
 import { type Format, formatKey } from "../formats/format.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
 import type { UnaryFn } from "../ir/ops.js";
+import { PERMUTATION, permutationName } from "./column-order.js";
 import { type DecoderConfig, type LayerConfig, type TensorRole, type TensorSpec, tensorSpecs } from "./config.js";
 import { ropeTableName } from "./decoder-rope.js";
 import { ringCapacity } from "./kvcache.js";
@@ -14,6 +15,10 @@ export interface DecoderOptions {
   readonly weightFormat: (spec: TensorSpec) => Format;
   /** The format that the input of a linear is quantized to, or null to leave it in float32. */
   readonly activationFormat: (spec: TensorSpec) => Format | null;
+  /** Whether the linear of a weight declares `fastAccum` (default: none does). */
+  readonly fastAccum?: (spec: TensorSpec) => boolean;
+  /** As `WeightPlan.inputOrder` (default: every weight takes its input as it is). */
+  readonly inputOrder?: (spec: TensorSpec) => Uint32Array | null;
   readonly kvFormat: Format;
   /** Tokens of one run at most (symbol T). */
   readonly maxTokens: number;
@@ -94,6 +99,7 @@ class Weights {
   readonly #options: DecoderOptions;
   readonly #specs = new Map<string, TensorSpec>();
   readonly #quantized = new Map<string, ValueId>();
+  readonly #ordered: { readonly x: ValueId; readonly order: Uint32Array; readonly made: ValueId }[] = [];
 
   constructor(g: GraphBuilder, config: DecoderConfig, options: DecoderOptions) {
     this.#g = g;
@@ -133,8 +139,10 @@ class Weights {
   linear(role: TensorRole, layer: number, x: ValueId): ValueId {
     const spec = this.#specs.get(key(role, layer, null)) as TensorSpec;
     const bias = this.vector(`${role}Bias` as TensorRole, layer);
-    const operands = [this.#quantize(spec, x), this.matrix(role, layer), ...(bias === undefined ? [] : [bias])];
-    return this.#g.one("linear", operands, {}, spec.name.replace(".weight", ""));
+    const input = this.#quantize(spec, this.#order(spec, x));
+    const operands = [input, this.matrix(role, layer), ...(bias === undefined ? [] : [bias])];
+    const attrs = this.#options.fastAccum?.(spec) ? { fastAccum: true } : {};
+    return this.#g.one("linear", operands, attrs, spec.name.replace(".weight", ""));
   }
 
   /** The chosen experts of each token: x [T, K] or [T, S, K], ids [T, S]. */
@@ -151,6 +159,19 @@ class Weights {
     }
     const weights = specs.map(({ expert }) => this.matrix(role, layer, expert));
     return this.#g.one("moe_linear", [this.#quantize(first, x), ids, ...weights], {}, `layer${layer}.${role}`);
+  }
+
+  /** x with its elements in the order of the weight's columns; weights of the same order share it. */
+  #order(spec: TensorSpec, x: ValueId): ValueId {
+    const order = this.#options.inputOrder?.(spec) ?? null;
+    if (order === null) return x;
+    const known = this.#ordered.find((one) => one.x === x && one.order.every((from, i) => from === order[i]));
+    if (known !== undefined) return known.made;
+    const name = permutationName(spec.name);
+    const matrix = this.#g.weight(name, stored(PERMUTATION, [order.length, order.length]));
+    const made = this.#g.one("linear", [x, matrix], {}, `ordered.${spec.name.replace(".weight", "")}`);
+    this.#ordered.push({ x, order, made });
+    return made;
   }
 
   /** One quantize node an input and format: q, k and v share theirs. */

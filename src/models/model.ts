@@ -24,6 +24,7 @@ import type { Device, Program } from "../runtime/device.js";
 import { stopScanner } from "../text/stop.js";
 import { loadTokenizer, type Tokenizer } from "../text/tokenizer.js";
 import { type AttentionMode, withAttention } from "./attention.js";
+import { permutation, permutedWeight } from "./column-order.js";
 import { type DecoderConfig, parseConfig, type TensorSpec, tensorSpecs } from "./config.js";
 import { buildDecoder, decoderBuckets, PAST, ropeTables, TOKENS } from "./decoder.js";
 import { kvFormat } from "./kvcache.js";
@@ -189,6 +190,8 @@ export async function openDecoder(
     const decoder = buildDecoder(config, {
       weightFormat: weights.weightFormat,
       activationFormat: weights.activationFormat,
+      fastAccum: weights.fastAccum,
+      inputOrder: weights.inputOrder,
       kvFormat: typeof kv === "string" ? kvFormat(kv) : kv,
       maxTokens,
       capacity,
@@ -207,8 +210,10 @@ export async function openDecoder(
       load: async (name) => {
         const table = tables.get(name);
         if (table !== undefined) return table;
-        const spec = byName.get(name);
+        const permuted = permutedWeight(name);
+        const spec = byName.get(permuted ?? name);
         if (spec === undefined) throw new FewbitError("model/missing-tensor", { name, path: checkpoint.name });
+        if (permuted !== null) return permutation(weights.inputOrder(spec) as Uint32Array);
         return weights.load(spec, open);
       },
       [Symbol.asyncDispose]: () => checkpoint[Symbol.asyncDispose](),

@@ -54,6 +54,7 @@ export function outlineModel(json: Readonly<Record<string, unknown>>, options: O
     buildDecoder(config, {
       weightFormat: weights.weightFormat,
       activationFormat: weights.activationFormat,
+      fastAccum: weights.fastAccum,
       kvFormat: kvFormat(options.kv ?? "none"),
       maxTokens: Math.min(options.prefillChunk ?? 128, context),
       capacity: context,

@@ -158,8 +158,13 @@ function describeEntries(
     const format = plan.weightFormat(spec);
     if (format.scales.length === 0) return { name: info.name, info, bytes: info.byteLength };
     const as =
-      torchaoClass({ format, shape, dtype, activation: plan.activationFormat(spec) }) ??
-      fewbitClass(quantize, format, shape, dtype);
+      torchaoClass({
+        format,
+        shape,
+        dtype,
+        activation: plan.activationFormat(spec),
+        fastAccum: plan.fastAccum(spec),
+      }) ?? fewbitClass(quantize, format, shape, dtype);
     const described = { name: info.name, info, spec, as };
     return {
       ...described,

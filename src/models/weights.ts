@@ -8,6 +8,7 @@ import type { TensorStore } from "../io/safetensors.js";
 import { type HostTensor, isDense } from "../ir/tensor.js";
 import { type ConfigSelection, configFor } from "../quantize/configs.js";
 import { quantizeRows } from "../quantize/quantize.js";
+import { foldOrders } from "./column-order.js";
 import type { TensorRole, TensorSpec } from "./config.js";
 
 const DTYPES: Readonly<Record<string, FloatType>> = { F32: "f32", F16: "f16", BF16: "bf16" };
@@ -24,6 +25,10 @@ export const isLinearRole = (role: TensorRole): boolean => LINEAR_ROLES.has(role
 export interface WeightPlan {
   weightFormat(spec: TensorSpec): Format;
   activationFormat(spec: TensorSpec): Format | null;
+  /** Whether the weight's linear declares `fastAccum`. */
+  fastAccum(spec: TensorSpec): boolean;
+  /** Element i of a row that the weight takes is element order[i] of its linear's input; null where they are the same. */
+  inputOrder(spec: TensorSpec): Uint32Array | null;
   /** The weight of a spec, read and quantized; `onRows` is called as rows are done. */
   load(
     spec: TensorSpec,
@@ -37,6 +42,7 @@ interface Planned {
   readonly tensor: string;
   readonly weight: Format;
   readonly activation: Format | null;
+  readonly fastAccum?: boolean;
   readonly numerics: "guarded" | "torchao";
   readonly dtype: FloatType;
   readonly stored?: StoredMatrix;
@@ -50,9 +56,16 @@ interface Planned {
 export function planWeights(store: TensorStore, specs: readonly TensorSpec[], selection: ConfigSelection): WeightPlan {
   const plans = new Map(specs.map((spec) => [spec.name, planWeight(store, spec, selection)]));
   const of = (spec: TensorSpec) => plans.get(spec.name) as Planned;
+  const folded = foldOrders(specs, (spec) => of(spec).stored);
+  for (const [name, rows] of folded.rows) {
+    const plan = plans.get(name) as Planned;
+    plans.set(name, { ...plan, stored: { ...(plan.stored as StoredMatrix), rows } });
+  }
   return {
     weightFormat: (spec) => of(spec).weight,
     activationFormat: (spec) => of(spec).activation,
+    fastAccum: (spec) => of(spec).fastAccum === true,
+    inputOrder: (spec) => (folded.spared.has(spec.name) ? null : (of(spec).stored?.columns ?? null)),
     load: (spec, options) => loadWeight(store, spec, of(spec), options),
   };
 }
@@ -65,8 +78,8 @@ function planWeight(store: TensorStore, spec: TensorSpec, selection: ConfigSelec
   const stored = store.stored?.get(tensor);
   if (stored !== undefined) {
     checkStored(stored, spec);
-    const { format, activation } = stored;
-    return { tensor, weight: format, activation, numerics: "guarded", dtype: "f32", stored };
+    const { format, activation, fastAccum = false } = stored;
+    return { tensor, weight: format, activation, fastAccum, numerics: "guarded", dtype: "f32", stored };
   }
   const info = store.tensors.get(tensor) as NonNullable<ReturnType<TensorStore["tensors"]["get"]>>;
   if (info.shape.length !== source.shape.length || info.shape.some((extent, i) => extent !== source.shape[i])) {
@@ -82,7 +95,8 @@ function planWeight(store: TensorStore, spec: TensorSpec, selection: ConfigSelec
   const weight = config.weight({ shape: spec.shape as [number, number], dtype });
   if ("refused" in weight)
     throw new FewbitError("quantize/layer", { layer, config: config.name, reason: weight.refused });
-  return { tensor, weight, activation: config.activation, numerics: config.numerics, dtype };
+  const { activation, fastAccum = false, numerics } = config;
+  return { tensor, weight, activation, fastAccum, numerics, dtype };
 }
 
 async function loadWeight(
@@ -147,6 +161,8 @@ export function replaceWeights(plan: WeightPlan, replacement: Replacement): Weig
       return tensor === undefined || isDense(tensor) ? plan.weightFormat(spec) : tensor.format;
     },
     activationFormat: (spec) => plan.activationFormat(spec),
+    fastAccum: (spec) => plan.fastAccum(spec),
+    inputOrder: (spec) => plan.inputOrder(spec),
     load: async (spec, options) => {
       const tensor = replacement.get(spec.name);
       if (tensor === undefined) return plan.load(spec, options);
@@ -158,7 +174,10 @@ export function replaceWeights(plan: WeightPlan, replacement: Replacement): Weig
   };
 }
 
-function checkStored({ shape, activation, kind }: StoredMatrix, { role, source, shape: own }: TensorSpec): void {
+function checkStored(
+  { shape, activation, kind, columns }: StoredMatrix,
+  { role, source, shape: own }: TensorSpec,
+): void {
   const what = `${source.name} (${kind})`;
   if (own.length !== 2 || source.transposed || shape.some((extent, i) => extent !== source.shape[i])) {
     const expected = source.transposed ? "a float tensor: it is transposed" : `[${source.shape.join(", ")}]`;
@@ -168,4 +187,11 @@ function checkStored({ shape, activation, kind }: StoredMatrix, { role, source, 
     const reason = "activations are quantized on the fly only before the linears of the layers";
     throw new FewbitError("quantize/layer", { layer: source.name.replace(/\.weight$/, ""), config: kind, reason });
   }
+  // Each expert would want the input that all of them read in an order of its own.
+  if (columns !== undefined && (!LINEAR_ROLES.has(role) || role.startsWith("expert")))
+    throw new FewbitError("model/unsupported", {
+      what: `columns of ${source.name}`,
+      value: "in order of activation (desc_act)",
+      supported: ["in order of the input", "another order in the linears of attention and of dense MLPs"],
+    });
 }

@@ -53,7 +53,9 @@ function siblings(view: View, index: number): number[] {
   return (view.readers.get(x) ?? []).filter((other) => {
     if (!view.free(other)) return false;
     const sibling = nodeAt(view, other);
-    const alike = sibling.op === "linear" && sibling.inputs[0] === x && sibling.inputs.length === node.inputs.length;
+    if (sibling.op !== "linear" || sibling.inputs[0] !== x || sibling.inputs.length !== node.inputs.length)
+      return false;
+    const alike = Boolean(sibling.attrs.fastAccum) === Boolean((node as Node<"linear">).attrs.fastAccum);
     return alike && weightFormat(view, sibling) === weightFormat(view, node);
   });
 }
@@ -97,28 +99,60 @@ function rowQuantizeOf(view: View, id: ValueId): number | null {
   return byRow && heads === undefined ? index : null;
 }
 
+const gated: Fusion = {
+  name: "gate*up",
+  kind: "linear",
+  match: (view, index) => {
+    const gate = nodeAt(view, index);
+    if (gate.op !== "linear") return null;
+    const activation = activationOf(view, gate);
+    if (activation === null) return null;
+    const product = soleReader(view, result(nodeAt(view, activation)), "binary");
+    if (product === null) return null;
+    const multiply = nodeAt(view, product) as Node<"binary">;
+    const other = multiply.inputs.find((id) => id !== result(nodeAt(view, activation)));
+    const up = other === undefined ? undefined : view.producer.get(other);
+    if (multiply.attrs.fn !== "mul" || other === undefined || up === undefined || !siblings(view, index).includes(up))
+      return null;
+    if (up === index || soleReader(view, other, "binary") !== product || !concatenable(view, [index, up])) return null;
+    return [index, up, activation, product];
+  },
+};
+
+const activation: Fusion = {
+  name: "linear+activation",
+  kind: "linear",
+  match: (view, index) => {
+    if (nodeAt(view, index).op !== "linear") return null;
+    const unary = activationOf(view, nodeAt(view, index));
+    return unary === null ? null : [index, unary];
+  },
+};
+
+const attention: Fusion = {
+  name: "sdpa",
+  kind: "sdpa",
+  match: (view, index) => (nodeAt(view, index).op === "sdpa" ? [index] : null),
+};
+
+/** A group whose result, that of its last node, is read only by a quantize to a format without scales: it rounds what it stores. */
+const rounded = (fusion: Fusion): Fusion => ({
+  name: `${fusion.name}+quantize`,
+  kind: fusion.kind,
+  optional: true,
+  match: (view, index) => {
+    const group = fusion.match(view, index);
+    const quantize = group === null ? null : rowQuantizeOf(view, result(nodeAt(view, group.at(-1) as number)));
+    if (group === null || quantize === null) return null;
+    const { format, dtype } = (nodeAt(view, quantize) as Node<"quantize">).attrs;
+    return format.scales.length === 0 && dtype === undefined ? [...group, quantize] : null;
+  },
+});
+
 /** The fusions, in the order they are tried. */
 export const FUSIONS: readonly Fusion[] = [
-  {
-    name: "gate*up",
-    kind: "linear",
-    match: (view, index) => {
-      const gate = nodeAt(view, index);
-      if (gate.op !== "linear") return null;
-      const activation = activationOf(view, gate);
-      if (activation === null) return null;
-      const product = soleReader(view, result(nodeAt(view, activation)), "binary");
-      if (product === null) return null;
-      const multiply = nodeAt(view, product) as Node<"binary">;
-      const other = multiply.inputs.find((id) => id !== result(nodeAt(view, activation)));
-      const up = other === undefined ? undefined : view.producer.get(other);
-      if (multiply.attrs.fn !== "mul" || other === undefined || up === undefined || !siblings(view, index).includes(up))
-        return null;
-      if (up === index || soleReader(view, other, "binary") !== product || !concatenable(view, [index, up]))
-        return null;
-      return [index, up, activation, product];
-    },
-  },
+  rounded(gated),
+  gated,
   {
     name: "qkv",
     kind: "linear",
@@ -143,15 +177,9 @@ export const FUSIONS: readonly Fusion[] = [
       return add !== null && node?.attrs.fn === "add" && node.inputs[0] !== node.inputs[1] ? [index, add] : null;
     },
   },
-  {
-    name: "linear+activation",
-    kind: "linear",
-    match: (view, index) => {
-      if (nodeAt(view, index).op !== "linear") return null;
-      const unary = activationOf(view, nodeAt(view, index));
-      return unary === null ? null : [index, unary];
-    },
-  },
+  rounded(activation),
+  activation,
+  rounded(attention),
   {
     name: "rope+kv_write",
     kind: "rope_kv",

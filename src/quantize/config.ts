@@ -28,6 +28,8 @@ export interface QuantizeConfig {
   readonly activation: Format | null;
   /** How both are quantized: see `QuantizeOptions.numerics`. */
   readonly numerics: "guarded" | "torchao";
+  /** Whether the linears declare `fastAccum`. */
+  readonly fastAccum?: boolean;
 }
 
 /** Every config takes this beside torchao's arguments. */

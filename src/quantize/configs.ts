@@ -42,6 +42,7 @@ export function float8WeightOnly(
 /**
  * Float8DynamicActivationFloat8WeightConfig (5.4): per tensor (default), per row (bf16 weights), or activation blocks
  * 1x128 with weight blocks 128x128. N and K must be multiples of 16. The bounds clamp the activation's amax.
+ * `useFastAccum` (torchao's `mm_config.use_fast_accum`, default true but for blocks) lets float8 tensor cores keep short sums.
  */
 export function float8DynamicActivationFloat8Weight(
   args: CommonArgs & {
@@ -50,6 +51,7 @@ export function float8DynamicActivationFloat8Weight(
     granularity?: Granularity | readonly [activation: Granularity, weight: Granularity];
     activationValueLb?: number;
     activationValueUb?: number;
+    useFastAccum?: boolean;
   } = {},
 ): QuantizeConfig {
   const name = "Float8DynamicActivationFloat8WeightConfig";
@@ -66,13 +68,16 @@ export function float8DynamicActivationFloat8Weight(
   const activation = bounded ? withRule(plain, `${floor}..${ceiling}`, { rule }) : plain;
   const perRowOnly = pair === legal[1] ? [dtypes("bf16")] : [];
   const format = withScale(FLOAT8[weightDtype], { block: blockOf(forW) });
-  const blocks = pair === legal[2] ? 128 : 16;
-  return make(
+  const inBlocks = pair === legal[2];
+  const { useFastAccum = !inBlocks } = args;
+  if (inBlocks && useFastAccum) oneOf(name, "useFastAccum", "true with blocks", ["false with blocks"]);
+  const config = make(
     name,
-    { ...args, activationDtype, weightDtype, granularity },
-    weightRule([multiples(16, blocks), ...perRowOnly], () => format),
+    { ...args, activationDtype, weightDtype, granularity, useFastAccum },
+    weightRule([multiples(16, inBlocks ? 128 : 16), ...perRowOnly], () => format),
     activation,
   );
+  return { ...config, fastAccum: useFastAccum };
 }
 
 /** Int8WeightOnlyConfig (6.2): symmetric, per row (default), per tensor or per group; float32 scales. */

@@ -22,6 +22,7 @@ import {
 } from "./bounds-near.js";
 import { layernormBound, rmsnormBound } from "./bounds-norm.js";
 import { drawnOf } from "./bounds-sample.js";
+import { shortSumBound } from "./bounds-short.js";
 import { storeBound } from "./bounds-stored.js";
 import { UNARY_BOUNDS } from "./bounds-unary.js";
 
@@ -66,7 +67,9 @@ const exact: Rule<OpName> = (operands, _attrs, symbols, types, node) =>
   evaluateNode(node, operands.map(tensorOf), symbols, types).map((tensor) => ({ kind: "equal", tensor }));
 
 const ALLOW: { readonly [Op in OpName]: Rule<Op> } = {
-  linear: ([x, weight, bias]) => [linear(x as Allowed, tensorOf(weight) as QuantizedTensor, bias && near(bias))],
+  linear: ([x, weight, bias], { fastAccum }) => [
+    linear(x as Allowed, tensorOf(weight) as QuantizedTensor, bias && near(bias), fastAccum),
+  ],
 
   /** A linear over the pixels that the kernel covers: run on magnitudes, the op itself gives the sum of |x w|. */
   conv2d: ([x, weight, bias], attrs, _, __, node) => {
@@ -276,7 +279,7 @@ function isInteger({ element, zero }: Format): boolean {
 }
 
 /** x W^T + b. See docs/numerics.md, "linear". */
-function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined): Near {
+function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined, fastAccum = false): Near {
   const [n, k] = weight.shape;
   const stored = x.kind === "equal" ? (x.tensor as QuantizedTensor) : null;
   const [values, inputs] = stored === null ? [floats(x), floats(x)] : [exactValues(stored), magnitudes(stored)];
@@ -310,7 +313,8 @@ function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined): Ne
     }
     const value = sum + constant;
     // A bias is one more rounding, of a sum that is within the bound so far.
-    const rounded = relative * size + passed + own * exactSize + k * TINY;
+    const short = fastAccum ? shortSumBound((j) => (values[row + j] as number) * (w[column + j] as number), k) : 0;
+    const rounded = relative * size + short + passed + own * exactSize + k * TINY;
     const added = bias === undefined ? 0 : (bias.error[i % n] as number) + halfUlp(sum, rounded);
     return [value, rounded + added + halfUlp(value, rounded)];
   })[0] as Near;

@@ -1,4 +1,4 @@
-import { FORMATS } from "../formats/table.js";
+import { CODECS, FORMATS } from "../formats/table.js";
 import { dense, stored, type ValueId } from "../ir/graph.js";
 import type { OpName } from "../ir/ops.js";
 import { packSettings } from "../ir/sample.js";
@@ -34,8 +34,9 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       const linear = (name: string): ValueId => {
         const operands = [source, sketch.matrix(`${name}.weight`, format, [n, k])];
         if (options.bias) operands.push(sketch.vector(`${name}.bias`, [n]));
-        return graph.one("linear", operands, {}, name);
+        return graph.one("linear", operands, options.fastAccum ? { fastAccum: true } : {}, name);
       };
+      const rounded = (y: ValueId) => (options.rounds ? sketch.rounded(y) : y);
       const quantized = activation === undefined ? {} : { codes: source };
       if (options.qkv) {
         const table = angles(sketch, 16, 64);
@@ -49,13 +50,14 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       }
       if (options.gated !== undefined) {
         const active = graph.one("unary", [linear("gate")], { fn: options.gated }, "active");
-        return sketch.done({ y: graph.one("binary", [active, linear("up")], { fn: "mul" }, "gated"), ...quantized });
+        const product = graph.one("binary", [active, linear("up")], { fn: "mul" }, "gated");
+        return sketch.done({ y: rounded(product), ...quantized });
       }
       let y = linear("y");
       if (options.unary !== undefined) y = graph.one("unary", [y], { fn: options.unary }, "active");
       if (options.residual)
         y = graph.one("binary", [graph.input("residual", dense("f32", ["T", n])), y], { fn: "add" }, "sum");
-      return sketch.done({ y, ...quantized });
+      return sketch.done({ y: rounded(y), ...quantized });
     },
     inputs: ({ shape, options }, run, seed) => ({
       x: floats([run.T as number, at(shape, "k")], seed),
@@ -193,8 +195,13 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
         ValueId,
         ValueId,
       ];
-      const attrs = { heads, kvHeads, scale: 1 / Math.sqrt(size), causal: options?.causal ?? true, position: "P" };
-      return sketch.done({ y: sketch.graph.one("sdpa", [q, k, v], attrs) });
+      const causal = options?.causal ?? true;
+      const probabilities = { codec: CODECS.bf16, scale: 1 };
+      const attrs = { heads, kvHeads, scale: 1 / Math.sqrt(size), causal, position: "P" } as const;
+      const y = options?.bf16
+        ? sketch.graph.one("sdpa", [sketch.rounded(q, heads), k, v], { ...attrs, probabilities })
+        : sketch.graph.one("sdpa", [q, k, v], attrs);
+      return sketch.done({ y: options?.rounds ? sketch.rounded(y) : y });
     },
     inputs: ({ format, shape }, run, seed) => {
       const [heads, kvHeads, size, capacity] = [

@@ -1,5 +1,6 @@
 import { sizeOf } from "../core/shape.js";
 import type { Format } from "../formats/format.js";
+import { FORMATS } from "../formats/table.js";
 import type { Symbols } from "../ir/evaluate.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
 import type { BinaryFn, UnaryFn } from "../ir/ops.js";
@@ -26,6 +27,12 @@ export interface Options {
   readonly gated?: UnaryFn;
   /** Three linears of one input, then rope and the cache. */
   readonly qkv?: boolean;
+  /** The result is rounded to bf16, by whatever makes it. */
+  readonly rounds?: boolean;
+  /** The linears declare short sums. */
+  readonly fastAccum?: boolean;
+  /** Queries and probabilities are bf16. */
+  readonly bf16?: boolean;
   readonly binary?: BinaryFn;
   /** Both operands are the same value. */
   readonly same?: boolean;
@@ -60,6 +67,12 @@ export class Sketch {
   matrix(name: string, format: Format, shape: readonly [rows: number, k: number]): ValueId {
     this.weights.set(name, randomTensor(format, shape, seedOf(this.#seed, name)));
     return this.graph.weight(name, stored(format, shape));
+  }
+
+  /** The value rounded to bf16, split into heads or not. */
+  rounded(value: ValueId, heads?: number): ValueId {
+    const attrs = { format: FORMATS.bf16, ...(heads === undefined ? {} : { heads }) };
+    return this.graph.one("quantize", [value], attrs, `rounded${value}`);
   }
 
   vector(name: string, shape: readonly number[], values?: (index: number) => number): ValueId {

@@ -216,7 +216,7 @@ describe("a fusion leaves alone", () => {
     const met = new Set(
       [
         ...[decoder(), small()].flatMap((graph) => fuse(graph)),
-        ...optionalGraphs().flatMap((graph) => fuse(graph, true, OPTIONAL)),
+        ...[...optionalGraphs(), ...roundedGraphs()].flatMap((graph) => fuse(graph, true, OPTIONAL)),
       ].map((step) => step.fusion),
     );
     for (const { name } of FUSIONS) expect(met).toContain(name);
@@ -233,6 +233,23 @@ function optionalGraphs(format: Format = FORMATS.int8): Graph[] {
     let made = what === "norm" ? g.one("rmsnorm", [x, g.weight("w", dense("f32", [64]))], { eps: 1e-5 }) : x;
     if (what !== "norm") made = g.one("unary", [x], { fn: "relu" });
     if (what === "gated") made = g.one("binary", [up, made], { fn: "mul" });
+    g.output("y", g.one("quantize", [made], { format }));
+    return g.build();
+  });
+}
+
+/** What makes a value that is rounded to a format without scales: a linear with an activation, a gated one, attention. */
+function roundedGraphs(format: Format = FORMATS.bf16): Graph[] {
+  return (["relu", "gated", "sdpa"] as const).map((what) => {
+    const g = new GraphBuilder({ T: 4 });
+    const x = g.input("x", dense("f32", ["T", 64]));
+    const linear = (name: string) => g.one("linear", [x, g.weight(name, stored(FORMATS.bf16, [64, 64]))], {});
+    const attend = () => {
+      const [k, v] = ["k", "v"].map((name) => g.state(name, stored(FORMATS.bf16, [2, 8, 32]))) as [ValueId, ValueId];
+      return g.one("sdpa", [x, k, v], { heads: 2, kvHeads: 2, scale: 1, causal: false });
+    };
+    let made = what === "sdpa" ? attend() : g.one("unary", [linear("w")], { fn: "silu" });
+    if (what === "gated") made = g.one("binary", [made, linear("up")], { fn: "mul" });
     g.output("y", g.one("quantize", [made], { format }));
     return g.build();
   });
@@ -256,6 +273,31 @@ describe("optional fusions", () => {
     const graph = decoder({ activationFormat: () => FORMATS.int8 });
     expect(fuse(graph).length - fuse(graph, true, OPTIONAL).length).toBe(2 * config.layers);
     expect(scheduleFaults(graph, fuse(graph, true, OPTIONAL))).toEqual([]);
+  });
+
+  test("rounding without scales is done by what makes the value; with scales it is a step", () => {
+    expect(names(roundedGraphs(), OPTIONAL)).toEqual([
+      ["linear+activation+quantize"],
+      ["gate*up+quantize"],
+      ["sdpa+quantize"],
+    ]);
+    expect(names(roundedGraphs(FORMATS.int8), OPTIONAL)).toEqual([
+      ["linear+activation", "quantize"],
+      ["gate*up", "quantize"],
+      ["sdpa", "quantize"],
+    ]);
+    for (const graph of roundedGraphs()) expect(scheduleFaults(graph, fuse(graph, true, OPTIONAL))).toEqual([]);
+  });
+
+  test("linears that declare other sums are not one step", () => {
+    const g = new GraphBuilder({ T: 4 });
+    const format = withScale(FORMATS.float8_e4m3, { block: [1, "all"] });
+    const x = g.input("x", stored(format, ["T", 64]));
+    const [gate, up] = ([{ fastAccum: true }, {}] as const).map((attrs, i) =>
+      g.one("linear", [x, g.weight(`w${i}`, stored(format, [64, 64]))], attrs),
+    ) as [ValueId, ValueId];
+    g.output("y", g.one("binary", [g.one("unary", [gate], { fn: "silu" }), up], { fn: "mul" }));
+    expect(fuse(g.build()).map(({ fusion }) => fusion)).not.toContain("gate*up");
   });
 
   test("never where rows depend on each other", () => {

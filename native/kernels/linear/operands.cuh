@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "fewbit/launch.hpp"
+#include "fewbit/overlap.cuh"
 
 namespace fewbit::linear {
 
@@ -165,43 +166,26 @@ struct Dense {
   __device__ __forceinline__ float& operator()(int64_t row, int64_t column) const { return at[row * stride + column]; }
 };
 
+/** How a result is stored. The order is that of `ROUNDINGS` in linear-arguments.ts, after `none`. */
+enum class Rounding : int { none, bf16, f16 };
+
 /** What happens to finished sums: bias, then either a residual, an activation, or activation(gate) * up. */
 struct Epilogue {
   const float* bias[2] = {nullptr, nullptr};
   Dense residual;
   Activation fn = Activation::none;
-  Dense out;
+  Dense out;  // with `rounding`, codes of 16 bits lie at out.at, out.stride codes from row to row
+  Rounding rounding = Rounding::none;
+
+  __device__ __forceinline__ void store(int64_t row, int64_t column, float value) const {
+    if (rounding == Rounding::none) {
+      out(row, column) = value;
+      return;
+    }
+    const unsigned short code = rounding == Rounding::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                                           : __half_as_ushort(__float2half_rn(value));
+    reinterpret_cast<unsigned short*>(out.at)[row * out.stride + column] = code;
+  }
 };
-
-/**
- * A kernel launched so may start while its predecessor ends (compute capability 9 on); it calls `awaitPredecessor` before it
- * touches what others write.
- */
-template <class... Params, class... Args>
-cudaError_t launchOverlapped(const Launch& launch, void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
-                             Args... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = launch.stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = launch.context->major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-}
-
-__device__ __forceinline__ void awaitPredecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void releaseSuccessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 }  // namespace fewbit::linear

@@ -13,6 +13,8 @@ export interface SdpaStep {
   readonly operands: readonly [q: ValueId, k: ValueId, v: ValueId];
   readonly types: readonly [q: TensorType, k: TensorType, v: TensorType];
   readonly out: ValueId;
+  /** The format without scales to which `out` is rounded when it is stored; null: `out` is dense float32. */
+  readonly rounds: Format | null;
   extra(name: SdpaExtra): ValueId | undefined;
 }
 
@@ -22,8 +24,17 @@ export function sdpaStep(bound: BoundStep): SdpaStep {
   const shape = attentionShape(all, node.attrs, bound.describe());
   const [q, k, v] = node.inputs as readonly [ValueId, ValueId, ValueId];
   const types = [bound.type(q), bound.type(k), bound.type(v)] as const;
-  const out = node.outputs[0] as ValueId;
-  return { attrs: node.attrs, shape, operands: [q, k, v], types, out, extra: (name) => node.inputs[shape.extra[name]] };
+  const out = bound.step.outputs[0] as ValueId;
+  const rounds = (bound.step.nodes[1] as Node<"quantize"> | undefined)?.attrs.format ?? null;
+  return {
+    attrs: node.attrs,
+    shape,
+    operands: [q, k, v],
+    types,
+    out,
+    rounds,
+    extra: (name) => node.inputs[shape.extra[name]],
+  };
 }
 
 /** A requirement of a step that is an sdpa. */
