@@ -24,13 +24,13 @@ export async function linear(session, options) {
   return session.rows;
 }
 
-async function one(session, about, { weight, activation }) {
+async function one(session, about, { weight, activation, attrs }) {
   const { n, k, rows: m } = about;
   const bytes = storedLayout(weight, [n, k]).bytes;
   const copies = session.small ? 2 : Math.min(16, Math.max(2, Math.ceil(ROTATED / bytes)));
   const g = graphBuilder();
   const x = g.operand("x", activation, [m, k]);
-  for (let i = 0; i < copies; i++) g.one("linear", [x, matrix(g, `w${i}`, weight, [n, k])], {}, `y${i}`);
+  for (let i = 0; i < copies; i++) g.one("linear", [x, matrix(g, `w${i}`, weight, [n, k])], attrs, `y${i}`);
   const tensor = randomTensor(weight, [n, k]);
   const input = activation === null ? randomDense([m, k]) : randomTensor(activation, [m, k]);
   const program = await run(session, g, { weights: () => tensor, inputs: { x: input } });

@@ -2,15 +2,15 @@
 import { FORMATS, parseQuantizeName } from "./library.mjs";
 
 /**
- * The formats of a linear's weight [n, k] and input. `none` is bf16; weight-only recipes take the input in `inputs` (null: float32).
+ * The formats of a linear's weight [n, k] and input, and what the linear declares. `none` is bf16; weight-only recipes take the input in `inputs` (null: float32).
  * Throws with the config's reason for a layer that it refuses.
  */
 export function formatsOf(recipe, shape, inputs) {
   const config = parseQuantizeName(recipe);
-  if (config === null) return { weight: FORMATS.bf16, activation: inputs };
+  if (config === null) return { weight: FORMATS.bf16, activation: inputs, attrs: {} };
   const weight = config.weight({ shape, dtype: "bf16" });
   if ("refused" in weight) throw new Error(weight.refused);
-  return { weight, activation: config.activation ?? inputs };
+  return { weight, activation: config.activation ?? inputs, attrs: config.fastAccum ? { fastAccum: true } : {} };
 }
 
 /** The format by the name of an option: f32 rounds nothing. */

@@ -67,11 +67,11 @@ function predict(session, { weight, activation }, size) {
 
 async function one(session, about, formats, predicted) {
   const { size } = about;
-  const { weight, activation } = formats;
+  const { weight, activation, attrs } = formats;
   const g = graphBuilder();
   const x = g.one("unary", [g.operand("x", null, [size, size])], { fn: "relu" }, "relu");
   const input = activation === null ? x : g.one("quantize", [x], { format: activation }, "quantize");
-  g.one("linear", [input, matrix(g, "w", weight, [size, size])], {}, "y");
+  g.one("linear", [input, matrix(g, "w", weight, [size, size])], attrs, "y");
   const tensor = randomTensor(weight, [size, size]);
   const program = await run(session, g, { weights: () => tensor, inputs: { x: randomDense([size, size]) } });
   const bytes = 8 * size * size + storedLayout(weight, [size, size]).bytes + 2 * stepBytes(activation, size);

@@ -21,6 +21,8 @@ function run(command, args) {
   }
 }
 
+export const commit = () => process.env.FEWBIT_COMMIT ?? run("git", ["rev-parse", "--short", "HEAD"]);
+
 const clocks = () =>
   run("nvidia-smi", ["--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]);
 
@@ -40,7 +42,7 @@ export class Session {
       bench,
       backend: options.backend,
       device: device.info.name,
-      commit: process.env.FEWBIT_COMMIT ?? run("git", ["rev-parse", "--short", "HEAD"]),
+      commit: commit(),
       date: new Date().toISOString().slice(0, 10),
     };
   }

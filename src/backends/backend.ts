@@ -81,6 +81,8 @@ export interface ExecutableStatistics {
 export interface Executable extends Disposable {
   readonly graph: Graph;
   readonly statistics: ExecutableStatistics;
+  /** Whether a run goes on after `submit` has returned. */
+  readonly overlaps?: boolean;
   /** Writes an input or a state from its first element on. Throws `shape/mismatch`, `dtype/mismatch`. */
   write(name: string, tensor: HostTensor): void;
   /** Enqueues one run of every step with these symbol values. */

@@ -21,6 +21,7 @@ interface Built {
 /** A plan on a CUDA device: launches laid down once, replayed as one graph where a bucket allows it. */
 export class NativeExecutable implements Executable {
   readonly graph: Graph;
+  readonly overlaps = true;
   readonly #device: CudaDevice;
   readonly #scope: Scope;
   readonly #plan: Plan;

@@ -25,6 +25,7 @@ interface Ready {
 /** A plan on a WebGPU device: prebuilt pipelines and bind groups, replayed in one compute pass a run. */
 export class WebGpuExecutable implements Executable {
   readonly graph: Graph;
+  readonly overlaps = true;
   readonly #device: WebGpuDevice;
   readonly #scope: Scope;
   readonly #plan: Plan;
