@@ -40,6 +40,13 @@ function findCompiler() {
   return candidates.find((nvcc) => ask(nvcc, "--version") !== null) ?? null;
 }
 
+if (process.argv.length > 2) {
+  say("npm run build:native: builds native/build/Release/fewbit.node with the compilers that are here, and says what it skips.");
+  say(`FEWBIT_CUDA_ARCHITECTURES  which GPUs, as CMake names them (default: ${ARCHITECTURES.join(";")})`);
+  say("CUDACXX, CUDA_HOME         where nvcc is, if it is not on the PATH or in /usr/local/cuda");
+  process.exit(process.argv.includes("--help") ? 0 : 1);
+}
+
 say("skipped rocm: there are no HIP kernels in this version");
 if (process.platform !== "linux" || process.arch !== "x64")
   skip("cuda", `it is built on linux-x64, this is ${process.platform}-${process.arch}`);

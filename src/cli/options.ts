@@ -8,7 +8,7 @@ import { revisionOption } from "./source.js";
 
 /** The backends of `--backend`; `auto` never means the reference. */
 const BACKENDS: Readonly<Record<string, readonly BackendName[]>> = {
-  auto: ["webgpu"],
+  auto: ["cuda", "webgpu"],
   webgpu: ["webgpu"],
   cuda: ["cuda"],
   reference: ["reference"],
@@ -58,7 +58,7 @@ function legal(name: string, text: string, value: number, ok: boolean, expected:
 export function backendOption(): Option {
   return new Option(
     "--backend <name>",
-    "auto or webgpu: a GPU, else SwiftShader, and which one is said; cuda: native kernels; reference: the slow definition",
+    "auto: cuda where it is, else webgpu; cuda: native kernels; webgpu: a GPU, else SwiftShader, and which one is said; reference: the slow definition",
   )
     .default("auto")
     .argParser((name) => {
