@@ -41,7 +41,9 @@ function findCompiler() {
 }
 
 if (process.argv.length > 2) {
-  say("npm run build:native: builds native/build/Release/fewbit.node with the compilers that are here, and says what it skips.");
+  say(
+    "npm run build:native: builds native/build/Release/fewbit.node with the compilers that are here, and says what it skips.",
+  );
   say(`FEWBIT_CUDA_ARCHITECTURES  which GPUs, as CMake names them (default: ${ARCHITECTURES.join(";")})`);
   say("CUDACXX, CUDA_HOME         where nvcc is, if it is not on the PATH or in /usr/local/cuda");
   process.exit(process.argv.includes("--help") ? 0 : 1);

@@ -1,13 +1,6 @@
 import type { FloatType } from "../core/dtype.js";
-import {
-  blockGrid,
-  type Codec,
-  codecBits,
-  codecName,
-  defineFormat,
-  type Format,
-  type Rule,
-} from "../formats/format.js";
+import { blockGrid, type Codec, codecBits, codecName, defineFormat, type Format } from "../formats/format.js";
+import { HOST_RULES, isHostKind } from "../formats/host-rules.js";
 import { packRows, unpackRows } from "../formats/pack.js";
 import type { QuantizedTensor } from "../formats/tensor.js";
 import { dense, type Graph, GraphBuilder, stored } from "../ir/graph.js";
@@ -15,14 +8,6 @@ import type { DenseTensor, HostTensor } from "../ir/tensor.js";
 import { type QuantizeOptions, quantizeTensor } from "../quantize/quantize.js";
 import type { Device } from "../runtime/device.js";
 import type { AttentionShape, GoldenBackend } from "./golden-case.js";
-
-/** Rules that look at a whole weight, in words. */
-const SEARCHING: Partial<Record<Rule["kind"], string>> = {
-  hqq: "HQQ searches for scales and zero points",
-  hqq_scale: "HQQ searches for scales",
-  sinq: "SINQ normalizes columns and rows in turn",
-  codebook: "its table is learned, or searched for the nearest entry",
-};
 
 /**
  * A device's own kernels as a golden backend: every primitive is a graph of one op. A format whose rule the device has no kernel
@@ -55,8 +40,8 @@ export function goldenDevice(device: Device): GoldenBackend {
 
   /** Formats for weights, whose rules search or learn, are quantized once, on the host, whatever the device. */
   function quantizesOnHost(format: Format, { given }: QuantizeOptions): string | null {
-    const rule = SEARCHING[format.rule.kind];
-    if (rule !== undefined) return `quantizing to ${format.name}: ${rule}`;
+    const { kind } = format.rule;
+    if (isHostKind(kind)) return `quantizing to ${format.name}: ${HOST_RULES[kind]}`;
     return format.rule.kind === "nf4" && format.scales.some(({ codec }) => codecBits(codec) < 32) && given === undefined
       ? `quantizing to ${format.name} with 16-bit scales, which are themselves quantized (specification 15)`
       : null;

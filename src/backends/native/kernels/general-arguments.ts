@@ -3,7 +3,6 @@ import { floatFields, maxValue } from "../../../formats/codec.js";
 import {
   type Codec,
   codecBits,
-  codecName,
   codecVector,
   extentOf,
   type Format,
@@ -11,6 +10,7 @@ import {
   type Rule,
   type ScaleLevel,
 } from "../../../formats/format.js";
+import { hostReason } from "../../../formats/host-rules.js";
 import { scaleGranularity } from "../../../formats/tensor.js";
 import type { ValueId } from "../../../ir/graph.js";
 import type { OpAttrs, UnaryFn } from "../../../ir/ops.js";
@@ -196,25 +196,15 @@ export function operand(context: BuildContext, id: ValueId): Source {
   return context.type(id).kind === "format" ? weights(id) : dense(id);
 }
 
-/** Rules for weights, which are quantized on the host, once. */
-const ON_HOST: Readonly<Record<Exclude<Rule["kind"], (typeof RULES)[number]>, string>> = {
-  hqq: "it searches for scales and zero points",
-  hqq_scale: "it searches for scales",
-  sinq: "it normalizes columns and rows in turn",
-  codebook: "it learns a table",
-};
-
 /** Why no kernel here makes a format's codes, or null. */
 export function ruleObstacle(format: Format): string | null {
   const { element, rule, zero, scales } = format;
-  if (!RULES.some((kind) => kind === rule.kind))
-    return `rule ${rule.kind} runs on the host: ${ON_HOST[rule.kind as keyof typeof ON_HOST]}`;
+  const reason = hostReason(format);
+  if (reason !== null) return reason;
   if (element.kind === "lut" && (element.entries === "learned" || element.vector[0] * element.vector[1] !== 1))
     return `rule ${rule.kind} needs an element codec of single fixed numbers`;
   const [first, second, ...more] = scales;
   if (first === undefined) return rule.kind === "cast" ? null : `rule ${rule.kind} needs a scale`;
-  if (rule.kind === "nf4" && !isSortedTable(format))
-    return "rule nf4 needs a sorted table of numbers and float32 scales";
   if ((rule.kind === "affine" || rule.kind === "mslk_int4") && element.kind !== "int")
     return `rule ${rule.kind} makes integer codes`;
   if (rule.kind === "mx" && codecBits(first.codec) !== 8) return "rule mx makes scales of one byte";
@@ -225,13 +215,6 @@ export function ruleObstacle(format: Format): string | null {
   const made = { nvfp4: "allxall", mslk_int4: "1xall" }[rule.kind as string];
   if (second.block.join("x") === made && more.length === 0) return null;
   return `rule ${rule.kind} does not make second scales per ${second.block.join("x")}`;
-}
-
-function isSortedTable({ element, scales }: Format): boolean {
-  if (element.kind !== "lut" || element.entries === "learned" || element.vector.join() !== "1,1") return false;
-  const { entries } = element;
-  const sorted = entries.every((entry, i) => i === 0 || entry > (entries[i - 1] as number));
-  return sorted && scales.every((level) => codecName(level.codec) === "f32");
 }
 
 /** Why a tensor in a format cannot be described to a kernel, or null. */

@@ -1,8 +1,8 @@
 import { f32Bits } from "../../../core/dtype.js";
-import { type Format, formatKey } from "../../../formats/format.js";
-import { cacheRows, type KeyRows } from "../../../ir/attention-shape.js";
-import type { Node, ValueId } from "../../../ir/graph.js";
+import { formatKey } from "../../../formats/format.js";
+import type { Node } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
+import { type Stream, streams } from "../../rope-step.js";
 import {
   type BuildContext,
   type Dispatch,
@@ -19,51 +19,6 @@ import { keyRowFunction, rowFunctions, rowObstacle, storeRow } from "./kv.js";
 
 /** A head has at most this many elements: one a thread. */
 const MOST = 256;
-
-/** One stream of heads through the step: perhaps rotated, perhaps transformed, into a dense value, a stored one or a cache. */
-interface Stream {
-  readonly source: ValueId;
-  readonly heads: number;
-  readonly rope: Node<"rope"> | undefined;
-  readonly hadamard: boolean;
-  readonly target: ValueId;
-  /** Null for a dense target. */
-  readonly format: Format | null;
-  readonly cache: { readonly rows: KeyRows; readonly pages: ValueId | undefined; readonly position: string } | null;
-}
-
-/** Follows each result's operand back to where it enters the step. */
-function streams(bound: BoundStep): Stream[] {
-  const { nodes, outputs } = bound.step;
-  const producer = new Map(nodes.flatMap((node) => node.outputs.map((id) => [id, node] as const)));
-  const enter = (x: ValueId) => {
-    const turned = producer.get(x);
-    const hadamard = turned?.op === "hadamard";
-    const inner = hadamard ? (turned.inputs[0] as ValueId) : x;
-    const rope = producer.get(inner);
-    return rope?.op === "rope"
-      ? { source: rope.inputs[0] as ValueId, rope, hadamard }
-      : { source: inner, rope: undefined, hadamard };
-  };
-  const found: Stream[] = [];
-  for (const node of nodes) {
-    const out = node.outputs[0] as ValueId;
-    const [first, second, pages] = node.inputs as readonly [ValueId, ValueId, ValueId | undefined];
-    if (node.op === "kv_write") {
-      const types = node.inputs.map((id) => bound.type(id));
-      const { format } = types[0] as Extract<(typeof types)[number], { kind: "format" }>;
-      const rows = cacheRows(types, node.attrs, bound.name(out));
-      const cache = { rows, pages, position: node.attrs.position };
-      found.push({ ...enter(second), heads: rows.kvHeads, target: first, format, cache });
-    } else if (node.op === "quantize") {
-      const { format, heads = 1 } = node.attrs;
-      found.push({ ...enter(first), heads, target: out, format, cache: null });
-    } else if ((node.op === "rope" || node.op === "hadamard") && outputs.includes(out)) {
-      found.push({ ...enter(out), heads: node.attrs.heads, target: out, format: null, cache: null });
-    }
-  }
-  return found;
-}
 
 const sizeOfHead = (bound: BoundStep, { source, heads }: Stream) => (bound.shape(source).at(-1) as number) / heads;
 

@@ -1,6 +1,7 @@
 import { type FloatType, f32Bits, roundTo } from "../../../core/dtype.js";
 import { decodeTable, floatFields, maxValue } from "../../../formats/codec.js";
-import { type Codec, codecBits, codecName, type Format, type Rule } from "../../../formats/format.js";
+import { type Codec, codecBits, type Format, type Rule } from "../../../formats/format.js";
+import { type DeviceKind, hostReason, isHostKind } from "../../../formats/host-rules.js";
 import { SMALLEST_NORMAL } from "../../../quantize/affine.js";
 import { LEAST_TENSOR_SCALE, scaleDtype } from "../../../quantize/rules.js";
 import { decodeFunction, encodeFunction, orderKey, u } from "./codec.js";
@@ -47,7 +48,6 @@ interface Context {
 }
 type RuleOf<Kind extends Rule["kind"]> = Extract<Rule, { kind: Kind }>;
 type Generator<Kind extends Rule["kind"]> = (context: Context, rule: RuleOf<Kind>) => RuleText;
-type DeviceKind = "cast" | "affine" | "amax" | "mslk_int4" | "mx" | "nvfp4" | "nf4";
 
 const GENERATORS: { readonly [Kind in DeviceKind]: Generator<Kind> } = {
   cast,
@@ -59,26 +59,16 @@ const GENERATORS: { readonly [Kind in DeviceKind]: Generator<Kind> } = {
   nf4,
 };
 
-type HostKind = Exclude<Rule["kind"], DeviceKind>;
-/** Rules for weights, which are quantized on the host, once. */
-const ON_HOST: Readonly<Record<HostKind, string>> = {
-  hqq: "it searches for scales and zero points",
-  hqq_scale: "it searches for scales",
-  sinq: "it normalizes columns and rows in turn",
-  codebook: "it learns a table",
-};
-
 /** Rules whose WGSL takes scales that are given. */
 const TAKES_GIVEN: readonly Rule["kind"][] = ["affine", "amax"];
 
 /** Why a format's rule has no WGSL, or null. */
 export function ruleObstacle(format: Format, given = false): string | null {
   const { element, rule, zero } = format;
-  if (given && rule.kind in GENERATORS && !TAKES_GIVEN.includes(rule.kind))
+  if (given && !isHostKind(rule.kind) && !TAKES_GIVEN.includes(rule.kind))
     return `rule ${rule.kind} chooses its scales itself: it takes none that are given`;
-  if (!(rule.kind in GENERATORS)) return `rule ${rule.kind} runs on the host: ${ON_HOST[rule.kind as HostKind]}`;
-  if (rule.kind === "nf4" && !isSortedTable(format))
-    return "rule nf4 needs a sorted table of numbers and float32 scales";
+  const reason = hostReason(format);
+  if (reason !== null) return reason;
   if (rule.kind !== "affine" && rule.kind !== "mslk_int4") return null;
   if (element.kind !== "int") return `rule ${rule.kind} makes integer codes`;
   if (rule.kind !== "affine" || zero.domain !== "int") return null;
@@ -377,13 +367,6 @@ fn outer_code_of(lo: u32, hi: u32) -> u32 {
 `,
     },
   };
-}
-
-function isSortedTable({ element, scales }: Format): boolean {
-  if (element.kind !== "lut" || element.entries === "learned" || element.vector.join() !== "1,1") return false;
-  const { entries } = element;
-  const sorted = entries.every((entry, i) => i === 0 || entry > (entries[i - 1] as number));
-  return sorted && scales.every((level) => codecName(level.codec) === "f32");
 }
 
 function nf4({ format, dtype, guarded }: Context, rule: RuleOf<"nf4">): RuleText {
