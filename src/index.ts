@@ -52,13 +52,12 @@ export {
   kvBytes,
   kvFormat,
 } from "./models/kvcache.js";
+export type { LoadModelOptions, LoadProgress } from "./models/load.js";
 export {
   type FinishReason,
   type GeneratedToken,
   type GenerateOptions,
   type GenerateStatistics,
-  type LoadModelOptions,
-  type LoadProgress,
   loadModel,
   Model,
 } from "./models/model.js";

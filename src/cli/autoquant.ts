@@ -2,7 +2,7 @@ import { readFile, writeFile } from "node:fs/promises";
 import { Command, Option } from "commander";
 import { FewbitError } from "../core/errors.js";
 import { type AutoquantPlan, autoquant, type Objective, parseAutoquantPlan } from "../models/autoquant.js";
-import type { LoadModelOptions } from "../models/model.js";
+import type { LoadModelOptions } from "../models/load.js";
 import { readText } from "./eval.js";
 import { backendOption, decimal, examples, integer, openDevice, quantizeName } from "./options.js";
 import { bundledCalibrationText, bundledModel } from "./package.js";

@@ -1,6 +1,7 @@
 import { Command } from "commander";
 import { FewbitError } from "../core/errors.js";
-import { type FinishReason, type GeneratedToken, type LoadProgress, loadModel, type Model } from "../models/model.js";
+import type { LoadProgress } from "../models/load.js";
+import { type FinishReason, type GeneratedToken, loadModel, type Model } from "../models/model.js";
 import type { Device } from "../runtime/device.js";
 import { quantizeSelection } from "./autoquant.js";
 import { examples, type ModelOptions, openDevice, type SamplingOptions, withModel, withSampling } from "./options.js";

@@ -1,15 +1,14 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import { products } from "../core/matmul.js";
-import type { Format } from "../formats/format.js";
 import { dequantize, tensorBytes } from "../formats/tensor.js";
-import { dense, GraphBuilder, stored } from "../ir/graph.js";
 import type { QuantizeConfig } from "../quantize/configs.js";
 import { parseQuantizeName } from "../quantize/names.js";
 import { quantizeTensor } from "../quantize/quantize.js";
 import type { Device } from "../runtime/device.js";
 import { evaluatePerplexity } from "./evaluate.js";
-import type { ModelFolder } from "./model.js";
+import type { ModelFolder } from "./load.js";
 import { observeLinears } from "./pieces.js";
+import { timeLinear } from "./time-linear.js";
 
 /** Which name of `--quantize` each linear takes, as it is saved. */
 export interface AutoquantPlan {
@@ -185,7 +184,7 @@ async function chooseAmong(
           : dequantize(quantizeTensor(Float32Array.from(x), [x.length / shape[1], shape[1]], "f32", activation));
       const got = products(rounded, dequantize(tensor), [x.length / shape[1], ...shape]);
       const key = `${shape} ${name}`;
-      const seconds = times.get(key) ?? (await measure(device, shape, tensor.format, activation, tensor));
+      const seconds = times.get(key) ?? (await timeLinear(device, tensor, activation));
       times.set(key, seconds);
       choices.push({ name, seconds, bytes: tensorBytes(tensor), error: relativeError(got, wanted) });
     }
@@ -201,37 +200,6 @@ function relativeError(got: Float64Array, wanted: Float64Array): number {
     energy += (wanted[i] as number) ** 2;
   }
   return energy === 0 ? 0 : error / energy;
-}
-
-/** Runs that are enqueued between two readbacks, and how often that is timed. */
-const RUNS = 20;
-const REPEATS = 5;
-
-/** Seconds of one linear for one token: the median over several bursts, after one to warm up, less what reading the result takes. */
-async function measure(
-  device: Device,
-  [n, k]: readonly [number, number],
-  format: Format,
-  activation: Format | null,
-  tensor: ReturnType<typeof quantizeTensor>,
-): Promise<number> {
-  const g = new GraphBuilder({ T: 1 });
-  const x = g.input("x", dense("f32", ["T", k]));
-  const input = activation === null ? x : g.one("quantize", [x], { format: activation }, "quantized");
-  g.output("y", g.one("linear", [input, g.weight("w", stored(format, [n, k]))], {}, "linear"));
-  using program = await device.compile(g.build(), { weights: new Map([["w", tensor]]), buckets: [{ T: 1 }] });
-  const { executable } = program;
-  executable.write("x", { dtype: "f32", shape: [1, k], data: Float32Array.from({ length: k }, (_, i) => Math.sin(i)) });
-  const burst = async (runs: number): Promise<number> => {
-    const start = performance.now();
-    for (let i = 0; i < runs; i++) executable.submit({ T: 1 });
-    await executable.read("y");
-    return (performance.now() - start) / 1000;
-  };
-  await burst(RUNS);
-  const seconds: number[] = [];
-  for (let i = 0; i < REPEATS; i++) seconds.push(((await burst(RUNS + 1)) - (await burst(1))) / RUNS);
-  return Math.max(seconds.sort((a, b) => a - b)[REPEATS >> 1] as number, 0);
 }
 
 /**

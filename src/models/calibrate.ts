@@ -8,7 +8,7 @@ import { quantizeUnit, readWeight } from "./calibrate-unit.js";
 import { type CalibrationStore, packTensor, unpackTensor } from "./calibration-store.js";
 import { textWindows } from "./evaluate.js";
 import { type LinearGroup, linearGroups } from "./linear-groups.js";
-import type { ModelFolder } from "./model.js";
+import type { ModelFolder } from "./load.js";
 import {
   advancePiece,
   firstNode,

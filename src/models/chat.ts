@@ -9,7 +9,8 @@ import {
   namedTemplate,
   parseTemplate,
 } from "../text/chat.js";
-import type { GeneratedToken, GenerateOptions, Model, ModelFolder } from "./model.js";
+import type { ModelFolder } from "./load.js";
+import type { GeneratedToken, GenerateOptions, Model } from "./model.js";
 
 export interface ChatTemplateOptions {
   /** One of `CHAT_TEMPLATES` instead of the model's own. */

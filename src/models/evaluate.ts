@@ -2,7 +2,7 @@ import { FewbitError, throwIfAborted } from "../core/errors.js";
 import type { DenseTensor } from "../ir/tensor.js";
 import { typeBytes } from "../ir/tensor.js";
 import { PAST, ROPE_TABLE, TOKENS } from "./decoder.js";
-import { type LoadedDecoder, type LoadModelOptions, loadDecoder, type ModelFolder } from "./model.js";
+import { type LoadedDecoder, type LoadModelOptions, loadDecoder, type ModelFolder } from "./load.js";
 
 /** Tokens of a window that are run at once, and those of them whose prediction counts. */
 export interface Window {

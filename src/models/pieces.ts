@@ -11,7 +11,7 @@ import type { Tokenizer } from "../text/tokenizer.js";
 import { PAST, TOKENS } from "./decoder.js";
 import { textWindows, type Window } from "./evaluate.js";
 import { type LinearGroup, linearGroups } from "./linear-groups.js";
-import { type ModelFolder, openDecoder } from "./model.js";
+import { type ModelFolder, openDecoder } from "./load.js";
 import { isLinearRole } from "./weights.js";
 
 /*

@@ -2,7 +2,8 @@ import type { BackendDevice } from "../backends/backend.js";
 import { packSettings } from "../ir/sample.js";
 import type { HostTensor } from "../ir/tensor.js";
 import { PAST, TOKENS } from "../models/decoder.js";
-import { type LoadModelOptions, loadModel, type Model } from "../models/model.js";
+import type { LoadModelOptions } from "../models/load.js";
+import { loadModel, type Model } from "../models/model.js";
 import { type BackendName, Device, openBackend } from "../runtime/device.js";
 import { disposeTap, type Tap, type TapFaults, type TracedStep, type TraceRun, tap, traceSteps } from "./trace.js";
 

@@ -1,5 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { type LoadModelOptions, loadModel, type Model } from "../../src/models/model.js";
+import type { LoadModelOptions } from "../../src/models/load.js";
+import { loadModel, type Model } from "../../src/models/model.js";
 import { type Device, open } from "../../src/runtime/device.js";
 import { U } from "../../src/validate/bounds.js";
 import { collect } from "../support/generate.js";

@@ -1,12 +1,7 @@
 import { expect } from "vitest";
 import { FewbitError } from "../../src/core/errors.js";
-import {
-  type GeneratedToken,
-  type GenerateOptions,
-  type LoadModelOptions,
-  loadModel,
-  type Model,
-} from "../../src/models/model.js";
+import type { LoadModelOptions } from "../../src/models/load.js";
+import { type GeneratedToken, type GenerateOptions, loadModel, type Model } from "../../src/models/model.js";
 import { type Device, open } from "../../src/runtime/device.js";
 import { tinyModel } from "./tiny-model.js";
 

@@ -1,6 +1,7 @@
 import { describe, expect, test } from "vitest";
 import type { TensorEntry } from "../../src/io/safetensors.js";
-import type { GenerateOptions, LoadModelOptions } from "../../src/models/model.js";
+import type { LoadModelOptions } from "../../src/models/load.js";
+import type { GenerateOptions } from "../../src/models/model.js";
 import { int4WeightOnly } from "../../src/quantize/configs.js";
 import { collect, failure, load, PROMPT, reference } from "../support/generate.js";
 import { TINY_CONFIG, tinyModel } from "../support/tiny-model.js";

@@ -1,7 +1,8 @@
 import { describe, expect, test } from "vitest";
 import { withScale } from "../../src/formats/format.js";
 import { FORMATS } from "../../src/formats/table.js";
-import type { GeneratedToken, LoadModelOptions, Model } from "../../src/models/model.js";
+import type { LoadModelOptions } from "../../src/models/load.js";
+import type { GeneratedToken, Model } from "../../src/models/model.js";
 import { int8WeightOnly, perGroup } from "../../src/quantize/configs.js";
 import { parseQuantizeName } from "../../src/quantize/names.js";
 import { collect, failure, load, PROMPT, reference } from "../support/generate.js";
