@@ -31,15 +31,15 @@ export const CASES = {
     full: { sizes: [1024, 2048, 4096, 8192, 16384], recipes: RECIPES },
     small: { sizes: [64, 128], recipes: RECIPES },
   },
-  /** Decoding takes one token after a full cache; a prompt is the whole context, as stored bf16 or float8. */
+  /** Decoding takes one token after a full cache; a prompt is the whole context (`operands` of sdpa.mjs says of what). */
   sdpa: {
     full: {
       heads: 32,
       kvHeads: 8,
       size: 128,
-      contexts: [1024, 4096, 16384, 32768, 131072],
+      contexts: [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072],
       kv: ["bf16", "int8", "float8", "int4"],
-      prompts: ["bf16", "float8", "f32"],
+      prompts: ["bf16", "float8", "f32", "kv-int8", "kv-float8"],
     },
     small: {
       heads: 4,
@@ -47,7 +47,7 @@ export const CASES = {
       size: 64,
       contexts: [64, 200],
       kv: ["bf16", "int8", "float8", "int4"],
-      prompts: ["bf16", "float8", "f32"],
+      prompts: ["bf16", "float8", "f32", "kv-int8", "kv-float8"],
     },
   },
   model: {

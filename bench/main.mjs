@@ -52,13 +52,14 @@ const program = new Command("bench")
     command("sdpa", "attention: one token after a full cache, and whole prompts")
       .option("--contexts <list>", "keys", numbers)
       .option("--kv <list>", "caches", names)
-      .option("--prompts <list>", "operands of prompts: bf16, float8, f32", names),
+      .option("--prompts <list>", "operands of prompts: bf16, float8, f32, kv-int8 and other caches", names),
   )
   .addCommand(
     command("model", "a decoder with random weights: tokens/s of a prompt and of decoding")
       .addOption(recipes())
       .addOption(inputs())
-      .option("--kv <name>", "the cache's format", "bf16"),
+      .option("--kv <name>", "the cache's format", "bf16")
+      .option("--profile", "what each step of a token and of a prompt takes (cuda)"),
   )
   .addCommand(
     command("roofline", "ReLU -> Linear with M = K = N: expected and observed speed-up over bf16")

@@ -132,6 +132,28 @@ async function one(session, about, { config: name, decode, prefill }) {
   }
 }
 
+/** Steps of a run by kernel and ops, the costliest first: each timed by itself, so some microseconds longer than in a graph. */
+async function profile(session, about, { executable, plan }, symbols) {
+  if (executable.profile === undefined) return;
+  await executable.profile(symbols);
+  const seconds = await executable.profile(symbols);
+  const bucket = plan.buckets.find(({ symbols: most }) =>
+    Object.entries(symbols).every(([name, n]) => n <= most[name]),
+  );
+  const kinds = new Map();
+  for (const [i, step] of plan.steps.entries()) {
+    const kind = `${bucket.choices[i].kernel.id} ${step.nodes.map(({ op }) => op).join("+")}`;
+    const { count, total } = kinds.get(kind) ?? { count: 0, total: 0 };
+    kinds.set(kind, { count: count + 1, total: total + seconds[i] * 1e6 });
+  }
+  session.note(`profile of ${about.name}, ${symbols.T} tokens after ${symbols.past}:`);
+  const sorted = [...kinds].sort(([, a], [, b]) => b.total - a.total);
+  session.table([
+    ["step", "count", "us each", "us"],
+    ...sorted.map(([kind, { count, total }]) => [kind, count, (total / count).toFixed(1), total.toFixed(0)]),
+  ]);
+}
+
 const gigabytes = (bytes) => (bytes / 1e9).toFixed(1);
 
 async function measure(session, about, program, { config, decode, prefill, token, prompt, predicted }) {
@@ -148,6 +170,14 @@ async function measure(session, about, program, { config, decode, prefill, token
     executable.submit({ T: count, past: 0 });
     await executable.read("sampled");
   };
+  if (session.profiles) {
+    await start(decode.prompt);
+    for (const symbols of [
+      { T: 1, past: decode.prompt },
+      { T: prefill, past: 0 },
+    ])
+      await profile(session, about, program, symbols);
+  }
   const kernels = (bucket) =>
     Object.fromEntries(plan.steps.map(({ kind }, i) => [kind, plan.buckets[bucket].choices[i].kernel.id]));
   const rate = (count, samples) => ({ rate: count / samples[samples.length >> 1], unit: "tokens/s" });

@@ -23,7 +23,34 @@ export async function sdpa(session, options) {
       await attempt(session, about, () => whole(session, about, cases));
     }
   }
+  tables(session, cases);
   return session.rows;
+}
+
+/** Microseconds of everything that was measured, ours and the peer's: a row a context. */
+function tables(session, { contexts }) {
+  for (const [pass, unit] of [
+    ["decode", "gb_per_s"],
+    ["prompt", "tflop_per_s"],
+  ]) {
+    const rows = session.rows.filter((row) => row.pass === pass && row.refused === undefined);
+    const columnOf = ({ peer, name, kv }) => (peer === undefined ? kv : name.split(" ").slice(0, 2).join(" "));
+    const columns = [...new Set(rows.map(columnOf))];
+    if (columns.length === 0) continue;
+    session.note(`\n${pass}, us (${unit === "gb_per_s" ? "TB/s" : "TFLOP/s"}):`);
+    session.table([
+      ["keys", ...columns],
+      ...contexts.map((context) => [
+        context,
+        ...columns.map((column) => {
+          const row = rows.find((row) => row.context === context && columnOf(row) === column);
+          if (row === undefined) return "-";
+          const rate = unit === "gb_per_s" ? row[unit] / 1000 : row[unit];
+          return `${Number(row.median_us.toPrecision(4))} (${Number(rate.toPrecision(3))})`;
+        }),
+      ]),
+    ]);
+  }
 }
 
 async function attempt(session, about, measure) {
@@ -60,8 +87,13 @@ async function decode(session, about, { heads, kvHeads, size }) {
   });
 }
 
-/** Queries, keys and values as a prompt has them; `f32` rounds nothing but the cache, which is bf16. */
+/**
+ * Queries, keys and values as a prompt has them. `f32` rounds nothing but the cache, which is bf16; `kv-int8` and others nothing but
+ * the cache, which is of that format; `float8` has a scale a KV head, as whole prompts are quantized.
+ */
 function operands(kind, { heads, kvHeads, size, context }) {
+  if (kind.startsWith("kv-"))
+    return [[null, [context, heads * size]], [kvFormat(kind.slice(3)), [kvHeads, context, size]], undefined];
   if (kind === "float8") {
     const whole = (rows) => withScale(FORMATS.float8_e4m3, { block: [rows, size] });
     const keys = [whole(context), [1, kvHeads, context, size]];

@@ -37,6 +37,7 @@ export class Session {
     this.runs = options.runs;
     this.signal = options.signal;
     this.small = options.small;
+    this.profiles = options.profile === true;
     this.known = DEVICES.find(({ match }) => match.test(device.info.name));
     this.about = {
       bench,
