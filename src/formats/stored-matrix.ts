@@ -39,7 +39,7 @@ export interface StoredMatrix {
   /** The axis along which the file can be cut, in multiples of `step`; `columns` steps hold whole words of codes. */
   readonly cut: "rows" | "columns";
   readonly step: number;
-  /** Bytes of the file that one row (or column) takes, for choosing the size of slabs. */
+  /** Bytes that one row (or column) takes while it is read, for choosing the size of slabs. */
   readonly bytesPerLine: number;
   /** Row i of the tensor is row rows[i] of the file; blocks of scales are rows then, or parts of one, and come from `blocks`. */
   readonly rows?: Uint32Array;
@@ -144,17 +144,28 @@ function putElements(
   const first = (kBegin / patchK) * bits;
   const bytes = new Uint8Array(qdata.buffer, qdata.byteOffset, qdata.byteLength);
   const rowBytes = Math.ceil((columns * bits) / 8);
+  const bitPlaces = places.columns?.subarray(kBegin, kEnd).map((place) => place * bits) ?? null;
   for (let row = rowBegin / patchRows; row < rowEnd / patchRows; row++) {
     const at = row - rowBegin / patchRows;
     const base = (places.rows?.[row] ?? row) * stride;
-    if (places.columns !== null)
-      for (let c = 0; c < columns; c++) {
-        const code = (elements as Codes)[at * columns + c] as number;
-        writeCode(qdata, base, places.columns[kBegin + c] as number, bits, code & (2 ** bits - 1));
-      }
+    if (bitPlaces !== null)
+      scatter(qdata, base, (elements as Codes).subarray(at * columns, (at + 1) * columns), bitPlaces, bits);
     else if (packed !== undefined) bytes.set(packed.subarray(at * rowBytes, (at + 1) * rowBytes), base * 4 + first / 8);
     else if (elements !== undefined)
       packRow(qdata, base + first / 32, elements.subarray(at * columns, (at + 1) * columns), columns, bits);
+  }
+}
+
+/** Writes each code of a part of a row at a bit of its own; there are only zeros before. */
+function scatter(words: Uint32Array, base: number, codes: Codes, bitPlaces: Uint32Array, bits: number): void {
+  const mask = 2 ** bits - 1;
+  for (let i = 0; i < bitPlaces.length; i++) {
+    const bit = bitPlaces[i] as number;
+    const code = (codes[i] as number) & mask;
+    const word = base + (bit >>> 5);
+    const offset = bit & 31;
+    words[word] = (words[word] as number) | (code << offset);
+    if (offset + bits > 32) words[word + 1] = (words[word + 1] as number) | (code >>> (32 - offset));
   }
 }
 

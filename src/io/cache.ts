@@ -1,9 +1,10 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import { browserStore } from "./cache-browser.js";
 import { displayName, openUrl, type UrlOptions } from "./http.js";
 import { sha256 } from "./sha256.js";
 import { type ByteSource, createSource, isNode, nodeModule } from "./source.js";
 
-/** Where pieces of downloads are kept: a folder (Node), the Cache API (browsers), or anything else. */
+/** Where pieces of downloads are kept: a folder (Node), the Cache API or private files (browsers), or anything else. */
 export interface ChunkStore {
   /** The bytes under a key (of letters, digits and `/`), or null. */
   get(key: string): Promise<Uint8Array | null>;
@@ -163,36 +164,9 @@ export async function openCached(url: URL, options: DownloadOptions): Promise<By
   });
 }
 
-/** The store of this platform: a folder of the user's caches, or the browser's Cache API; null where there is neither. */
+/** The store of this platform: a folder of the user's caches, or what the browser keeps; null where there is neither. */
 export async function defaultStore(): Promise<ChunkStore | null> {
-  if (isNode()) return (await nodeModule("the cache")).folderStore();
-  const { caches } = globalThis as { caches?: CacheStorage };
-  return caches === undefined ? null : cacheApiStore(caches);
-}
-
-/** What is used of the Cache API, which Node has no types for. */
-export interface CacheStorage {
-  open(name: string): Promise<{
-    match(url: string): Promise<Response | undefined>;
-    put(url: string, response: Response): Promise<void>;
-    delete(url: string): Promise<boolean>;
-  }>;
-}
-
-/** The Cache API wants requests: keys are paths of a host that cannot exist. */
-const ORIGIN = "https://fewbit.invalid/";
-
-/** Pieces as responses of the Cache API. */
-export function cacheApiStore(caches: CacheStorage): ChunkStore {
-  const opened = caches.open("fewbit");
-  return {
-    async get(key) {
-      const found = await (await opened).match(ORIGIN + key);
-      return found === undefined ? null : new Uint8Array(await found.arrayBuffer());
-    },
-    put: async (key, bytes) => (await opened).put(ORIGIN + key, new Response(bytes as Uint8Array<ArrayBuffer>)),
-    remove: async (key) => void (await (await opened).delete(ORIGIN + key)),
-  };
+  return isNode() ? (await nodeModule("the cache")).folderStore() : browserStore();
 }
 
 async function digest(bytes: Uint8Array): Promise<Uint8Array> {

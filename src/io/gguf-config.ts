@@ -1,35 +1,6 @@
 import { FewbitError } from "../core/errors.js";
-import type { GgufHeader, GgufValue } from "./gguf.js";
-
-type Metadata = GgufHeader["metadata"];
-
-/** An architecture of GGUF that is one of Hugging Face's. */
-interface GgufArchitecture {
-  readonly huggingFace: string;
-  /** Whether rows of q and k are stored in pairs of neighbours, for rotary embeddings that turn those. */
-  readonly pairedRope: boolean;
-  /** Fields of config.json that the architecture always has. */
-  readonly fixed: Readonly<Record<string, unknown>>;
-}
-
-const ARCHITECTURES: Readonly<Record<string, GgufArchitecture>> = {
-  // Mistral's files say llama too, and differ in nothing that is stored.
-  llama: { huggingFace: "LlamaForCausalLM", pairedRope: true, fixed: { attention_bias: false, mlp_bias: false } },
-  qwen2: { huggingFace: "Qwen2ForCausalLM", pairedRope: false, fixed: {} },
-  qwen3: { huggingFace: "Qwen3ForCausalLM", pairedRope: false, fixed: { attention_bias: false } },
-};
-
-/** The architecture of a file. Throws `model/unsupported` for one without a row. */
-export function ggufArchitecture(metadata: Metadata): GgufArchitecture & { readonly name: string } {
-  const name = String(metadata.get("general.architecture"));
-  const found = Object.hasOwn(ARCHITECTURES, name) ? ARCHITECTURES[name] : undefined;
-  if (found !== undefined) return { name, ...found };
-  throw new FewbitError("model/unsupported", {
-    what: "GGUF architecture",
-    value: name,
-    supported: Object.keys(ARCHITECTURES),
-  });
-}
+import type { GgufValue } from "./gguf.js";
+import { ggufArchitecture, type Metadata } from "./gguf-architectures.js";
 
 /** What the tensors say that the metadata does not. */
 export interface GgufFacts {
@@ -38,21 +9,31 @@ export interface GgufFacts {
   readonly vocabSize: number;
   /** `rope_freqs.weight`: what each frequency is divided by. */
   readonly ropeFactors: Float32Array | null;
+  /** Rows of a tensor by Hugging Face's name. */
+  rowsOf(tensor: string): number | undefined;
 }
 
 /** A Hugging Face `config.json` of the file's metadata. Throws `io/malformed`, `model/unsupported`. */
 export function ggufConfig(metadata: Metadata, facts: GgufFacts): Record<string, unknown> {
-  const { name, huggingFace, fixed } = ggufArchitecture(metadata);
+  const { name, huggingFace, fields } = ggufArchitecture(metadata);
   const value = (key: string): GgufValue | undefined => metadata.get(`${name}.${key}`);
   const number = (key: string): number => {
     const found = value(key);
-    if (typeof found === "number" && Number.isFinite(found)) return found;
+    if (typeof found === "number" && Number.isFinite(found)) return decimal(found);
     const reason = `${name}.${key} is ${found === undefined ? "missing" : "no number"}`;
     throw new FewbitError("io/malformed", { path: facts.path, reason });
   };
   const optional = (key: string): number | undefined => (value(key) === undefined ? undefined : number(key));
-  const experts = optional("expert_count") ?? 0;
-  if (experts > 0) throw unsupported(`${name}.expert_count`, experts, ["0"]);
+  const boolean = (key: string): boolean | undefined => {
+    const found = value(key);
+    if (found === undefined || typeof found === "boolean") return found;
+    throw new FewbitError("io/malformed", { path: facts.path, reason: `${name}.${key} is no boolean` });
+  };
+  // Gates are a softmax's (1), and not scaled (0 or 1).
+  for (const [key, legal] of NEUTRAL) {
+    const found = optional(key);
+    if (found !== undefined && !legal.includes(found)) throw unsupported(`${name}.${key}`, found, legal.map(String));
+  }
   const heads = number("attention.head_count");
   const hidden = number("embedding_length");
   const headDim = optional("attention.key_length") ?? hidden / heads;
@@ -66,7 +47,6 @@ export function ggufConfig(metadata: Metadata, facts: GgufFacts): Record<string,
   const window = optional("attention.sliding_window");
   return {
     architectures: [huggingFace],
-    ...fixed,
     vocab_size: facts.vocabSize,
     hidden_size: hidden,
     intermediate_size: number("feed_forward_length"),
@@ -76,15 +56,32 @@ export function ggufConfig(metadata: Metadata, facts: GgufFacts): Record<string,
     head_dim: headDim,
     max_position_embeddings: number("context_length"),
     rms_norm_eps: number("attention.layer_norm_rms_epsilon"),
-    hidden_act: "silu",
     rope_theta: theta,
     ...ropeScaling(name, value, optional, facts.ropeFactors, { theta, headDim }),
     ...(window === undefined ? {} : { sliding_window: window, use_sliding_window: true }),
+    ...fields({ number, optional, boolean, rowsOf: facts.rowsOf }),
     tie_word_embeddings: !facts.hasHead,
     bos_token_id: tokenId(metadata, "bos"),
     eos_token_id: endings.length > 1 ? [...new Set(endings)] : (endings[0] ?? null),
   };
 }
+
+/** The shortest decimal that float32 rounds to this number: what the model's own config.json says (1e-6, not 9.99999997e-7). */
+function decimal(value: number): number {
+  if (Number.isInteger(value) || Math.fround(value) !== value) return value;
+  for (let digits = 1; digits < 9; digits++) {
+    const short = Number(value.toPrecision(digits));
+    if (Math.fround(short) === value) return short;
+  }
+  return value;
+}
+
+/** Keys of experts with the only values that change nothing. */
+const NEUTRAL: readonly (readonly [key: string, legal: readonly number[]])[] = [
+  ["expert_gating_func", [0, 1]],
+  ["expert_weights_scale", [0, 1]],
+  ["expert_group_count", [0, 1]],
+];
 
 /** The id of a special token; null when the file names none. */
 export function tokenId(metadata: Metadata, token: string): number | null {

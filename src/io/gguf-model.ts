@@ -3,49 +3,41 @@ import { FewbitError } from "../core/errors.js";
 import { type Block, blockGrid, codecBits, type Format } from "../formats/format.js";
 import { type BlockOutput, type GgmlType, ggmlType } from "../formats/ggml.js";
 import type { Slab, StoredMatrix } from "../formats/stored-matrix.js";
-import { type GgufHeader, type GgufTensor, ggufTypeName, readGguf } from "./gguf.js";
-import { ggufArchitecture, ggufConfig } from "./gguf-config.js";
+import { type GgufHeader, type GgufTensor, ggufTypeName } from "./gguf.js";
+import { ggufArchitecture, type NameRule } from "./gguf-architectures.js";
+import { ggufConfig } from "./gguf-config.js";
+import { ggufParts, type OpenFile } from "./gguf-parts.js";
 import { ggufTokenizer } from "./gguf-tokenizer.js";
 import type { ReadOptions, TensorInfo, TensorStore } from "./safetensors.js";
 import { type ByteSource, createDirectory, memorySource, type SourceDirectory } from "./source.js";
 
-/** Tensors outside the layers, and those of a layer, in GGUF's and in Hugging Face's names. */
-const NAMES: readonly (readonly [gguf: RegExp, huggingFace: string])[] = [
-  [/^token_embd\.weight$/, "model.embed_tokens.weight"],
-  [/^output_norm\.weight$/, "model.norm.weight"],
-  [/^output\.weight$/, "lm_head.weight"],
-  [/^blk\.(\d+)\.attn_norm\.weight$/, "model.layers.$1.input_layernorm.weight"],
-  [/^blk\.(\d+)\.attn_([qkv])\.(weight|bias)$/, "model.layers.$1.self_attn.$2_proj.$3"],
-  [/^blk\.(\d+)\.attn_output\.(weight|bias)$/, "model.layers.$1.self_attn.o_proj.$2"],
-  [/^blk\.(\d+)\.attn_([qk])_norm\.weight$/, "model.layers.$1.self_attn.$2_norm.weight"],
-  [/^blk\.(\d+)\.ffn_norm\.weight$/, "model.layers.$1.post_attention_layernorm.weight"],
-  [/^blk\.(\d+)\.ffn_(gate|up|down)\.(weight|bias)$/, "model.layers.$1.mlp.$2_proj.$3"],
-];
 const ROPE_FACTORS = "rope_freqs.weight";
+const NORM = /norm\.weight$/;
 const PAIRED = /\.self_attn\.([qk])_proj\./;
 
 /**
  * A GGUF file as a model folder: config.json and the tokenizer's files made from its metadata, and its tensors under Hugging
- * Face's names, quantized ones as they are stored. `open` is called for every reading and must open the same file.
- * @throws FewbitError as `readGguf`, `ggufConfig` and `ggufTokenizer`; `model/unsupported` for a tensor without a name in the table
+ * Face's names, quantized ones as they are stored. `open` is called for every reading and must open the same files: the given one, and
+ * the others where the model is split into several.
+ * @throws FewbitError as `ggufParts`, `ggufConfig` and `ggufTokenizer`; `model/unsupported` for a tensor without a name in the table
  */
 export async function ggufDirectory(
-  open: (signal?: AbortSignal) => Promise<ByteSource>,
+  file: string,
+  open: OpenFile,
   options: { signal?: AbortSignal } = {},
 ): Promise<SourceDirectory> {
-  await using source = await open(options.signal);
-  const header = await readGguf(source, options.signal);
+  const { header, open: openAll } = await ggufParts(file, open, options.signal);
+  await using source = await openAll(options.signal);
   const { name } = source;
-  const parts = header.metadata.get("split.count") ?? 1;
-  if (parts !== 1 && parts !== 0)
-    throw new FewbitError("model/unsupported", { what: "GGUF split.count", value: String(parts), supported: ["1"] });
-  const tensors = renamed(header);
+  const architecture = ggufArchitecture(header.metadata);
+  const tensors = renamed(header, architecture.names);
   const factors = header.tensors.get(ROPE_FACTORS);
   const config = ggufConfig(header.metadata, {
     path: name,
     hasHead: tensors.has("lm_head.weight"),
     vocabSize: tensors.get("model.embed_tokens.weight")?.shape[0] ?? 0,
     ropeFactors: factors === undefined ? null : await floats(source, factors, options.signal),
+    rowsOf: (tensor) => tensors.get(tensor)?.shape[0],
   });
   const made: Readonly<Record<string, () => unknown>> = {
     "config.json": () => config,
@@ -59,22 +51,35 @@ export async function ggufDirectory(
     return memorySource(new TextEncoder().encode(JSON.stringify(json)), `${name}: ${file}`);
   });
   const heads = { q: Number(config.num_attention_heads), k: Number(config.num_key_value_heads) };
-  const paired = ggufArchitecture(header.metadata).pairedRope ? heads : null;
-  return { ...directory, weights: async ({ signal }) => ggufStore(await open(signal), tensors, paired) };
+  const layout = { heads: architecture.pairedRope ? heads : null, normOffset: architecture.normOffset };
+  return { ...directory, weights: async ({ signal }) => ggufStore(await openAll(signal), tensors, layout) };
 }
 
-function renamed(header: GgufHeader): Map<string, GgufTensor> {
+/** The tensors by Hugging Face's names; a stack of matrices [experts, n, k] is as many of them. */
+function renamed(header: GgufHeader, names: readonly NameRule[]): Map<string, GgufTensor> {
   const found = new Map<string, GgufTensor>();
   for (const tensor of header.tensors.values()) {
     if (tensor.name === ROPE_FACTORS) continue;
-    const rule = NAMES.find(([pattern]) => pattern.test(tensor.name));
+    const rule = names.find(([pattern]) => pattern.test(tensor.name));
     if (rule === undefined)
       throw new FewbitError("model/unsupported", {
         what: "GGUF tensor",
         value: tensor.name,
-        supported: ["token_embd", "output", "output_norm", "blk.N.attn_*", "blk.N.ffn_*"],
+        supported: names.map(([pattern]) => pattern.source),
       });
-    found.set(tensor.name.replace(...(rule as [RegExp, string])), tensor);
+    const name = tensor.name.replace(...(rule as [RegExp, string]));
+    if (!name.includes("{expert}")) {
+      // The gate of a shared expert is a vector in some files.
+      const alone = name.endsWith("expert_gate.weight") && tensor.shape.length === 1;
+      found.set(name, alone ? { ...tensor, shape: [1, ...tensor.shape] } : tensor);
+      continue;
+    }
+    const [count = 0, ...shape] = tensor.shape;
+    const byteLength = tensor.byteLength / Math.max(1, count);
+    for (let expert = 0; expert < count; expert++) {
+      const byteOffset = tensor.byteOffset + expert * byteLength;
+      found.set(name.replace("{expert}", String(expert)), { ...tensor, shape, byteOffset, byteLength });
+    }
   }
   return found;
 }
@@ -85,10 +90,18 @@ async function floats(source: ByteSource, tensor: GgufTensor, signal: AbortSigna
   return viewAs("f32", await source.read(tensor.byteOffset, tensor.byteLength, signal)).slice();
 }
 
-/** Rows of one head when they are stored in pairs of neighbours; null for every other tensor. */
-type Heads = { readonly q: number; readonly k: number } | null;
+interface Layout {
+  /** How many heads q and k have when their rows are stored in pairs of neighbours; null when they are not. */
+  readonly heads: { readonly q: number; readonly k: number } | null;
+  /** What was added to the weights of norms. */
+  readonly normOffset: 0 | 1;
+}
 
-function ggufStore(source: ByteSource, named: ReadonlyMap<string, GgufTensor>, heads: Heads): TensorStore {
+function ggufStore(
+  source: ByteSource,
+  named: ReadonlyMap<string, GgufTensor>,
+  { heads, normOffset }: Layout,
+): TensorStore {
   const tensors = new Map<string, TensorInfo>();
   const stored = new Map<string, StoredMatrix>();
   const perHead = (name: string, tensor: GgufTensor): number | null => {
@@ -115,14 +128,17 @@ function ggufStore(source: ByteSource, named: ReadonlyMap<string, GgufTensor>, h
     stored,
     close,
     [Symbol.asyncDispose]: close,
-    async read(name: string, { signal, rows }: ReadOptions = {}) {
+    async read(name: string, { signal, rows, into }: ReadOptions = {}) {
       const info = tensors.get(name);
       if (info === undefined) throw new FewbitError("model/missing-tensor", { name, path: source.name });
       const count = info.shape[0] ?? 1;
       const rowBytes = info.byteLength / Math.max(1, count);
       const [begin, end] = rows ?? [0, count];
       const size = perHead(name, named.get(name) as GgufTensor);
-      if (size === null) return source.read(info.byteOffset + begin * rowBytes, (end - begin) * rowBytes, signal);
+      if (size === null) {
+        const bytes = await source.read(info.byteOffset + begin * rowBytes, (end - begin) * rowBytes, signal, into);
+        return normOffset !== 0 && NORM.test(name) ? without(bytes, info, normOffset, source.name) : bytes;
+      }
       const [from, to] = [Math.floor(begin / size) * size, Math.min(Math.ceil(end / size) * size, count)];
       const bytes = await source.read(info.byteOffset + from * rowBytes, (to - from) * rowBytes, signal);
       const out = new Uint8Array((end - begin) * rowBytes);
@@ -134,6 +150,17 @@ function ggufStore(source: ByteSource, named: ReadonlyMap<string, GgufTensor>, h
     },
   };
   return store;
+}
+
+/**
+ * The weights of a norm before the converter added to them. What the loader adds again gives the file's number bit for bit where the
+ * converter computed it in float32: a sum is a multiple of the smaller ulp of its operands, so that the difference is exact.
+ */
+function without(bytes: Uint8Array, { name, dtype }: TensorInfo, offset: number, path: string): Uint8Array {
+  if (dtype !== "F32")
+    throw new FewbitError("dtype/mismatch", { what: `${path}: ${name}`, got: dtype, expected: "F32" });
+  const values = viewAs("f32", bytes.slice()).map((value) => value - offset);
+  return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 }
 
 /** Where the file has row `row` of a matrix whose heads of `size` rows are stored in pairs: 0, size / 2, 1, size / 2 + 1, ... */

@@ -27,9 +27,10 @@ export interface HubRepo {
 
 export type OpenUrl = (url: URL, options: { sha256?: string; headers: Record<string, string> }) => Promise<ByteSource>;
 
-const NAME = /^(?:hf:(?:\/\/)?)?([A-Za-z0-9][\w.-]{0,95}\/[A-Za-z0-9][\w.-]{0,95})(?:\/([^/\\]+\.gguf))?$/i;
+const NAME =
+  /^(?:hf:(?:\/\/)?)?([A-Za-z0-9][\w.-]{0,95}\/[A-Za-z0-9][\w.-]{0,95})(?:\/((?:(?!\.\.?\/)[^/\\]+\/)*[^/\\]+\.gguf))?$/i;
 
-/** Reads `owner/name`, `hf:owner/name` or either with `/file.gguf`; null for anything else. */
+/** Reads `owner/name`, `hf:owner/name` or either with `/file.gguf` or `/folder/file.gguf`; null for anything else. */
 export function parseHubName(text: string): HubName | null {
   const match = NAME.exec(text);
   return match === null ? null : { repo: match[1] as string, file: match[2] ?? null };
@@ -70,7 +71,8 @@ export async function openHub(repo: string, options: HubOptions = {}): Promise<H
       const [found] = await asked(`${repo}/${file}`, paths);
       if (found === undefined)
         throw new FewbitError("io/not-found", { path: `${repo}/${file}`, reason: "the repository has no such file" });
-      const url = new URL(`${repo}/resolve/${commit}/${encodeURIComponent(file)}`, `${hubUrl.replace(/\/$/, "")}/`);
+      const path = file.split("/").map(encodeURIComponent).join("/");
+      const url = new URL(`${repo}/resolve/${commit}/${path}`, `${hubUrl.replace(/\/$/, "")}/`);
       return { url, headers, ...(found.lfs === undefined ? {} : { sha256: found.lfs.oid }) };
     },
   };

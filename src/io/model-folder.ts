@@ -9,7 +9,6 @@ import {
   isHttp,
   isNode,
   type MemoryInput,
-  memorySource,
   nodeModule,
   type OpenOptions,
   openDirectory,
@@ -39,9 +38,11 @@ type Open = (signal?: AbortSignal) => Promise<ByteSource>;
 export async function openModelFolder(input: ModelFolder, options: ModelFolderOptions = {}): Promise<SourceDirectory> {
   throwIfAborted(options.signal, "opening a model");
   if (input instanceof Map) {
-    const gguf = input.has("config.json") ? undefined : [...input.keys()].find((file) => isGguf(file));
+    // Parts of a split model come in the order of their names.
+    const gguf = input.has("config.json") ? undefined : [...input.keys()].sort().find((file) => isGguf(file));
     if (gguf === undefined) return openDirectory(input, options);
-    return ggufDirectory(async () => memorySource(input.get(gguf) as MemoryInput, gguf), options);
+    const files = await openDirectory(input, options);
+    return ggufDirectory(gguf, files.open, options);
   }
   const location = input as string | URL;
   if (isHttp(location)) return openRemoteFolder(new URL(location), options);
@@ -52,11 +53,12 @@ export async function openModelFolder(input: ModelFolder, options: ModelFolderOp
   const kind = await node.kindOf(path);
   if (kind === "folder") return openDirectory(path, options);
   if (kind === null) return parseHubName(text) === null ? openDirectory(path, options) : openRepository(text, options);
-  const open: Open = () => node.openFile(path);
-  if (isGguf(path)) return ggufDirectory(open, options);
-  return singleFile(path, open, (file) => node.openFile(node.join(node.dirname(path), file)));
+  const beside = (file: string) => node.openFile(node.join(node.dirname(path), file));
+  if (isGguf(path)) return ggufDirectory(node.basename(path), beside, options);
+  return singleFile(path, () => node.openFile(path), beside);
 }
 
+const fileOf = (url: URL) => url.pathname.slice(url.pathname.lastIndexOf("/") + 1);
 const isGguf = (path: string) => /\.gguf$/i.test(path);
 
 /** A folder where `model.safetensors` is one given file. */
@@ -75,15 +77,15 @@ function singleFile(name: string, weights: Open, beside: (file: string, signal?:
 async function openRemoteFolder(url: URL, options: ModelFolderOptions): Promise<SourceDirectory> {
   const download = await downloader(options);
   const open: Open = (signal) => download(url, {}, signal);
-  if (isGguf(url.pathname)) return ggufDirectory(open, options);
   const base = new URL(url);
-  const file = /\.safetensors$/i.test(base.pathname);
+  const file = /\.(safetensors|gguf)$/i.test(base.pathname);
   if (!file && !base.pathname.endsWith("/")) base.pathname += "/";
   const beside = (name: string, signal?: AbortSignal) => {
     const at = new URL(encodeURIComponent(name), base);
     at.search = base.search;
     return download(at, {}, signal);
   };
+  if (isGguf(url.pathname)) return ggufDirectory(decodeURIComponent(fileOf(url)), beside, options);
   return file ? singleFile(displayName(url), open, beside) : createDirectory(displayName(base), beside);
 }
 
@@ -97,7 +99,7 @@ async function openRepository(text: string, options: ModelFolderOptions): Promis
     return download(url, rest, signal);
   };
   const { file } = name;
-  if (file !== null) return ggufDirectory((signal) => open(file, signal), options);
+  if (file !== null) return ggufDirectory(file, open, options);
   return createDirectory(repo.name, open);
 }
 

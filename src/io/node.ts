@@ -34,7 +34,14 @@ export async function openFile(location: string | URL): Promise<ByteSource> {
   return createSource({
     name: path,
     size,
-    read: (offset, length, signal) => readRange(handle, path, offset, length, signal),
+    read: (offset, length, signal, into) =>
+      readRange(
+        handle,
+        path,
+        offset,
+        into !== undefined && into.byteLength >= length ? into.subarray(0, length) : new Uint8Array(length),
+        signal,
+      ),
     close: () => handle.close(),
   });
 }
@@ -43,10 +50,10 @@ async function readRange(
   handle: FileHandle,
   path: string,
   offset: number,
-  length: number,
+  bytes: Uint8Array,
   signal: AbortSignal | undefined,
 ): Promise<Uint8Array> {
-  const bytes = new Uint8Array(length);
+  const length = bytes.byteLength;
   for (let done = 0; done < length; ) {
     throwIfAborted(signal, `reading ${path}`);
     const { bytesRead } = await found(handle.read(bytes, done, Math.min(CHUNK, length - done), offset + done), path);

@@ -7,6 +7,7 @@ import { type Checkpoint, openCheckpoint } from "./checkpoint.js";
 import { describeFewbit, isFewbit } from "./fewbit-metadata.js";
 import type { TensorInfo, TensorStore } from "./safetensors.js";
 import { type Json, malformedConfig, partOf, type Scheme, unsupported } from "./scheme.js";
+import { bitsandbytesScheme } from "./scheme-bitsandbytes.js";
 import { compressedScheme } from "./scheme-compressed.js";
 import { fp8Scheme, PLAIN_FLOAT8 } from "./scheme-float8.js";
 import { awqScheme, gptqScheme } from "./scheme-packed.js";
@@ -15,6 +16,7 @@ import type { SourceDirectory } from "./source.js";
 /** What a quantized checkpoint's config.json may name as its `quant_method`. */
 const METHODS: Readonly<Record<string, (config: Json) => Scheme | null>> = {
   awq: awqScheme,
+  bitsandbytes: bitsandbytesScheme,
   "compressed-tensors": compressedScheme,
   fp8: fp8Scheme,
   gptq: gptqScheme,

@@ -54,6 +54,8 @@ export interface ReadOptions {
   signal?: AbortSignal;
   /** Only these rows, `[begin, end)` of the first dimension; no other byte is read. */
   rows?: readonly [begin: number, end: number];
+  /** Memory that the bytes may be put into, where they fit. */
+  into?: Uint8Array;
 }
 
 /** Named tensors that are read one at a time: one file or a sharded checkpoint. */
@@ -100,11 +102,11 @@ export async function openSafetensors(
       ...header,
       close,
       [Symbol.asyncDispose]: close,
-      async read(name, { signal, rows } = {}) {
+      async read(name, { signal, rows, into } = {}) {
         const info = header.tensors.get(name);
         if (!info) throw new FewbitError("model/missing-tensor", { name, path: source.name });
         const [offset, length] = rows ? rowRange(info, rows) : [0, info.byteLength];
-        return source.read(info.byteOffset + offset, length, signal);
+        return source.read(info.byteOffset + offset, length, signal, into);
       },
     };
   } catch (error) {

@@ -5,6 +5,7 @@ import { codesOf, type StoredMatrix, scaleCodec } from "../formats/stored-matrix
 import { CODECS, FORMATS, type FormatName } from "../formats/table.js";
 import type { TensorStore } from "./safetensors.js";
 import {
+  groupOrder,
   groupSizeOf,
   groupsOf,
   type Json,
@@ -32,7 +33,12 @@ interface Group {
   readonly kind: string;
 }
 
-type Describe = (store: TensorStore, layer: string, group: Group) => StoredMatrix;
+type Describe = (
+  store: TensorStore,
+  layer: string,
+  group: Group,
+  signal: AbortSignal | undefined,
+) => StoredMatrix | Promise<StoredMatrix>;
 
 /** The tensor beside which a layer of each layout is recognised, and how it is read. */
 const LAYOUTS = {
@@ -56,7 +62,7 @@ export function compressedScheme(config: Json): Scheme {
   if (parsed.length === 0) throw malformedConfig("config_groups", "{}", "at least one group");
   return {
     name: [...new Set(parsed.map((group) => group.kind))].join(", "),
-    async describe(store) {
+    async describe(store, signal) {
       const found = new Map<string, StoredMatrix>();
       const suffixes = new Set(parsed.map((group) => LAYOUTS[group.layout].suffix));
       for (const suffix of suffixes) {
@@ -65,7 +71,7 @@ export function compressedScheme(config: Json): Scheme {
           if (group === undefined)
             throw malformedConfig("config_groups", layer, "a group whose targets name this layer");
           if (LAYOUTS[group.layout].suffix === suffix)
-            found.set(`${layer}.weight`, LAYOUTS[group.layout].describe(store, layer, group));
+            found.set(`${layer}.weight`, await LAYOUTS[group.layout].describe(store, layer, group, signal));
         }
       }
       return found;
@@ -148,20 +154,33 @@ function fail(field: string, value: unknown, expected: string): never {
   throw malformedConfig(field, value, expected);
 }
 
+/** -1 as an unsigned code. */
+const UNSET = 0xffffffff;
+
 /** Codes offset by the middle one, least significant first in 32-bit words along K: fewbit's own order but for the offset. */
-function packedIntegers(store: TensorStore, layer: string, { weights, activation, kind }: Group): StoredMatrix {
+async function packedIntegers(
+  store: TensorStore,
+  layer: string,
+  { weights, activation, kind }: Group,
+  signal: AbortSignal | undefined,
+): Promise<StoredMatrix> {
   const bits = weights.num_bits;
   if (weights.type !== "int" || (bits !== 4 && bits !== 8))
     throw unsupported("weights", `${String(weights.type)}${String(bits)}`, ["int4", "int8"]);
-  if (partOf(store, `${layer}.weight_g_idx`) !== undefined)
-    throw unsupported(`weight_g_idx of ${layer}`, "columns in order of activation (actorder)", [
-      "groups of neighbours",
-    ]);
   const packed = needPart(store, `${layer}.weight_packed`, ["I32"], [null, null]);
   const [n, words] = packed.shape as [number, number];
   const k = (words * 32) / bits;
   const size = weights.strategy === "channel" ? undefined : groupSizeOf(weights);
   const groups = groupsOf(layer, k, size ?? k);
+  let columns: Uint32Array | undefined;
+  const indexName = `${layer}.weight_g_idx`;
+  if (partOf(store, indexName) !== undefined) {
+    const index = codesOf("I32", await needPart(store, indexName, ["I32"], [k]).read(undefined, signal));
+    // An index that was never filled holds -1.
+    if (!index.includes(UNSET)) columns = groupOrder(`${store.name}: ${indexName}`, index, size ?? k);
+    if (columns !== undefined && activation !== null && activation.scales[0]?.block[1] !== "all")
+      throw unsupported(`activation of ${layer}`, "in groups of reordered columns (actorder)", ["token", "tensor"]);
+  }
   const scale = needPart(store, `${layer}.weight_scale`, ["F16", "BF16", "F32"], [n, groups]);
   const symmetric = weights.symmetric !== false;
   const zeros = symmetric
@@ -178,24 +197,27 @@ function packedIntegers(store: TensorStore, layer: string, { weights, activation
     kind,
     cut: "rows",
     step: 1,
-    bytesPerLine: words * 4,
-    read: async (begin, end, signal) => {
-      const codes = (codesOf("I32", await packed.read([begin, end], signal)) as Uint32Array).slice();
+    // Reordered codes are unpacked, into 32 bits each.
+    bytesPerLine: columns === undefined ? words * 4 : k * 4,
+    ...(columns === undefined ? {} : { columns }),
+    read: async (begin, end, part) => {
+      const codes = (codesOf("I32", await packed.read([begin, end], part)) as Uint32Array).slice();
       // Rows are whole words; a pattern of b words would drift where they are not a multiple of b.
       if (symmetric)
         for (let row = 0; row < end - begin; row++) flipSigns(codes.subarray(row * words, (row + 1) * words), bits);
+      if (columns !== undefined) return { elements: unpackAlongN(codes, end - begin, k, bits) };
       return { packed: new Uint8Array(codes.buffer, codes.byteOffset, codes.byteLength) };
     },
-    blocks: async (signal) => {
-      const scales = [codesOf(scale.dtype, await scale.read(undefined, signal))];
+    blocks: async (part) => {
+      const scales = [codesOf(scale.dtype, await scale.read(undefined, part))];
       if (zeros === undefined) return { scales };
       // Zero points are packed along N: their transpose [groups, N] has whole words.
-      const columns = transpose(
-        codesOf("I32", await zeros.read(undefined, signal)) as Uint32Array,
+      const flipped = transpose(
+        codesOf("I32", await zeros.read(undefined, part)) as Uint32Array,
         zeros.shape[0] as number,
         groups,
       );
-      return { scales, zero: transpose(unpackAlongN(columns, groups, n, bits), groups, n) };
+      return { scales, zero: transpose(unpackAlongN(flipped, groups, n, bits), groups, n) };
     },
   };
 }

@@ -7,6 +7,7 @@ import { CODECS, FORMATS, type FormatName } from "../formats/table.js";
 import type { TensorStore } from "./safetensors.js";
 import {
   choose,
+  groupOrder,
   groupSizeOf,
   groupsOf,
   type Json,
@@ -55,13 +56,12 @@ export function gptqScheme(config: Json): Scheme {
     const groups = groupsOf(layer, k, size);
     const scales = needPart(store, `${layer}.scales`, SCALE_TYPES, [groups, n]);
     const qzeros = needPart(store, `${layer}.qzeros`, ["I32"], [groups, Math.ceil((n * bits) / 32)]);
-    const order = partOf(store, `${layer}.g_idx`);
-    const malformed = (reason: string) => new FewbitError("io/malformed", { path: `${store.name}: ${layer}`, reason });
-    if (order !== undefined) {
-      needPart(store, `${layer}.g_idx`, ["I32"], [k]);
-      const index = codesOf("I32", await order.read(undefined, signal));
-      if (index.some((value, at) => value !== Math.floor(at / size)))
-        throw unsupported(`g_idx of ${layer}`, "columns in order of activation (desc_act)", ["groups of neighbours"]);
+    const path = `${store.name}: ${layer}`;
+    const malformed = (reason: string) => new FewbitError("io/malformed", { path, reason });
+    let columns: Uint32Array | undefined;
+    if (partOf(store, `${layer}.g_idx`) !== undefined) {
+      const index = needPart(store, `${layer}.g_idx`, ["I32"], [k]);
+      columns = groupOrder(`${path}.g_idx`, codesOf("I32", await index.read(undefined, signal)), size);
     }
     return {
       format: integerFormat(bits, symmetric, group ?? "all", scales.dtype),
@@ -70,11 +70,14 @@ export function gptqScheme(config: Json): Scheme {
       kind: name,
       cut: "columns",
       step: STEP,
-      bytesPerLine: (n * bits) / 8,
+      // Reordered codes are unpacked, into 32 bits each.
+      bytesPerLine: columns === undefined ? (n * bits) / 8 : n * 4,
+      ...(columns === undefined ? {} : { columns }),
       read: async (begin, end, part) => {
         const bytes = await qweight.read([(begin * bits) / 32, (end * bits) / 32], part);
         const words = transpose(codesOf("I32", bytes) as Uint32Array, ((end - begin) * bits) / 32, n);
         if (symmetric) flipSigns(words, bits);
+        if (columns !== undefined) return { elements: unpackAlongN(words, n, end - begin, bits) };
         return { packed: new Uint8Array(words.buffer, words.byteOffset, words.byteLength) };
       },
       blocks: async (part) => {

@@ -79,3 +79,24 @@ export function groupsOf(name: string, k: number, size: number): number {
   if (k % size === 0 && k > 0) return k / size;
   throw unsupported(`group_size of ${name}`, size, [`a divisor of ${k}`]);
 }
+
+/**
+ * The order of columns that makes groups of neighbours out of any: `index` has the group of every column (GPTQ's act-order).
+ * Undefined when they are neighbours already.
+ * @throws FewbitError `io/malformed` unless every group has `size` columns
+ */
+export function groupOrder(path: string, index: ArrayLike<number>, size: number): Uint32Array | undefined {
+  const filled = new Uint32Array(index.length / size);
+  const order = new Uint32Array(index.length);
+  let ordered = true;
+  for (let column = 0; column < index.length; column++) {
+    const group = index[column] as number;
+    const at = filled[group];
+    if (at === undefined || at === size)
+      throw new FewbitError("io/malformed", { path, reason: `its groups have not ${size} columns each` });
+    order[group * size + at] = column;
+    filled[group] = at + 1;
+    ordered &&= group * size + at === column;
+  }
+  return ordered ? undefined : order;
+}

@@ -115,8 +115,10 @@ async function loadWeight(
   }
   // Every tile is in the same memory: waiting for the garbage collector, they would be many.
   let tile: Float32Array | undefined;
+  let into: Uint8Array | undefined;
   const rows = async (range?: readonly [number, number]) => {
-    const bytes = await store.read(tensor, { ...(range ? { rows: range } : {}), ...abort });
+    const bytes = await store.read(tensor, { ...(range ? { rows: range } : {}), ...(into ? { into } : {}), ...abort });
+    if (range !== undefined) into ??= new Uint8Array(bytes.byteLength);
     const wide = toFloat32(dtype as DType, viewAs(dtype, bytes), tile);
     if (range !== undefined && dtype !== "f32") tile ??= wide;
     return wide;

@@ -12,9 +12,12 @@ import { ggmlMatrix } from "../../src/io/gguf-model.js";
 import { ggufTokenizer } from "../../src/io/gguf-tokenizer.js";
 import { openModelFolder } from "../../src/io/model-folder.js";
 import { openWeights, parseScheme, withStored } from "../../src/io/quantized.js";
-import { openSafetensors, type TensorStore } from "../../src/io/safetensors.js";
+import { openSafetensors, type TensorEntry, type TensorInfo, type TensorStore } from "../../src/io/safetensors.js";
 import { memorySource, openDirectory, readJson } from "../../src/io/source.js";
+import { loadModel } from "../../src/models/model.js";
+import { open } from "../../src/runtime/device.js";
 import { loadTokenizer } from "../../src/text/tokenizer.js";
+import { tinyModel } from "../support/tiny-model.js";
 
 /* The files of test/golden/checkpoints, whose generate.py says by whom every number was made. */
 
@@ -184,31 +187,135 @@ describe("packed weights of other libraries are read as they are stored", async 
     ["fp8row", { quant_method: "fp8", activation_scheme: "dynamic" }, "float8_e4m3"],
     ["fp8block", { quant_method: "fp8", weight_block_size: [128, 128] }, "float8_e4m3"],
   ];
-  /** The golden's tensors of one layer alone, as a store. */
-  const only = (layer: string): TensorStore => ({
-    ...file,
-    tensors: new Map([...file.tensors].filter(([name]) => name.startsWith(`${layer}.`) && !name.endsWith(".values"))),
-  });
-  for (const [layer, config, format] of cases)
-    test(layer, async () => {
-      const matrix = (await parseScheme(config)?.describe(only(layer)))?.get(`${layer}.weight`);
-      expect(matrix?.format.name).toBe(format);
-      const made = await loadStored(matrix as NonNullable<typeof matrix>, { tileBytes: 1 });
-      expectSame(once(dequantize(made)), await floats(file, `${layer}.values`));
-    });
+  for (const [layer, config, format] of cases) test(layer, () => expectValues(file, layer, config, format));
+});
 
-  test("columns in order of activation are refused by name", async () => {
-    const store = only("gptq4");
-    const shuffled: TensorStore = {
+describe("weights that the libraries packed themselves mean what they say", async () => {
+  const file = await golden("libraries.safetensors");
+  const ct = (weights: object, format = "pack-quantized") => ({
+    quant_method: "compressed-tensors",
+    format,
+    config_groups: { group_0: { targets: ["Linear"], weights } },
+  });
+  const integers = (bits: number, symmetric: boolean) =>
+    ct({ num_bits: bits, type: "int", strategy: "group", group_size: 32, symmetric });
+  const bitsandbytes = { quant_method: "bitsandbytes", load_in_4bit: true };
+  const cases: readonly (readonly [layer: string, config: object, format: string])[] = [
+    ...([2, 3, 4, 8] as const).flatMap((bits) =>
+      ["", "act"].map((order) => {
+        const config = { quant_method: "gptq", bits, group_size: 32, sym: false, desc_act: order === "act" };
+        return [`gptq${bits}${order}`, config, `uint${bits}`] as const;
+      }),
+    ),
+    ["awq", { quant_method: "awq", bits: 4, group_size: 32, zero_point: true, version: "gemm" }, "uint4"],
+    ["ct4", integers(4, false), "uint4"],
+    ["ct4act", integers(4, false), "uint4"],
+    ["ct4sym", integers(4, true), "int4"],
+    ["ct8sym", integers(8, true), "int8"],
+    [
+      "ctnv",
+      ct({ num_bits: 4, type: "float", strategy: "tensor_group", group_size: 16 }, "nvfp4-pack-quantized"),
+      "nvfp4",
+    ],
+    ["nf4", bitsandbytes, "bitsandbytes_nf4"],
+    ["nf4nested", bitsandbytes, "bitsandbytes_nf4"],
+    ["nf4wide", bitsandbytes, "bitsandbytes_nf4"],
+    ["fp4", bitsandbytes, "bitsandbytes_fp4"],
+  ];
+  // The reciprocal of NVFP4's divisor and the product with it are rounded, compressed-tensors rounds a quotient: three roundings.
+  for (const [layer, config, format] of cases)
+    test(layer, () => expectValues(file, layer, config, format, layer === "ctnv" ? 3.01 * 2 ** -24 : 0));
+
+  test("columns in order of activation are in another order", async () => {
+    const config = { quant_method: "gptq", bits: 4, group_size: 32, sym: false };
+    const matrix = (await parseScheme(config)?.describe(only(file, "gptq4act")))?.get("gptq4act.weight");
+    expect(matrix?.columns?.some((from, i) => from !== i)).toBe(true);
+  });
+
+  test("GPTQ's second layout has zero points as they are: one more in every nibble", async () => {
+    const store: TensorStore = {
+      ...file,
+      read: async (name, options) => {
+        const read = await file.read(name, options);
+        if (!name.endsWith("qzeros")) return read;
+        return new Uint8Array(Int32Array.from(viewAs("i32", read.slice()), (word) => word + 0x11111111).buffer);
+      },
+    };
+    const config = { quant_method: "gptq", bits: 4, group_size: 32, sym: false, checkpoint_format: "gptq_v2" };
+    await expectValues(store, "gptq4", config, "uint4");
+  });
+
+  test("a model with layers of bitsandbytes answers as with their values", async () => {
+    const layers = { "model.layers.0.self_attn.o_proj": "nf4", "model.layers.1.self_attn.o_proj": "nf4wide" };
+    const config = { head_dim: 32 };
+    const entry = async (name: string, from: string): Promise<TensorEntry> => {
+      const { dtype, shape } = file.tensors.get(from) as TensorInfo;
+      return { name, dtype, shape, data: (await file.read(from)).slice() };
+    };
+    const packed: TensorEntry[] = [];
+    const values: TensorEntry[] = [];
+    for (const [layer, golden] of Object.entries(layers)) {
+      for (const name of only(file, golden).tensors.keys()) packed.push(await entry(name.replace(golden, layer), name));
+      values.push(await entry(`${layer}.weight`, `${golden}.values`));
+    }
+    const model = (replaced: TensorEntry[], more: object) =>
+      tinyModel({
+        config: { ...config, ...more },
+        tensors: (entries) => [...entries.filter(({ name }) => !name.includes("o_proj")), ...replaced],
+      });
+    await using device = await open({ prefer: ["reference"] });
+    using a = await loadModel(model(packed, { quantization_config: bitsandbytes }), { device });
+    using b = await loadModel(model(values, {}), { device });
+    expect(a.explain()).toContain("bitsandbytes_nf4[1x128:f32]");
+    const ids = [0, 72, 101, 108];
+    const [got, exact] = [await a.logits(ids), await b.logits(ids)];
+    // The values are products rounded to float32: off by 2^-24 of themselves, the sums over them by a few times that.
+    const spread = exact.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    for (const [i, value] of got.entries())
+      expect(Math.abs(value - (exact[i] as number))).toBeLessThan(spread * 2 ** -19);
+  });
+
+  test("a table of its own is refused by name", async () => {
+    const store = only(file, "nf4");
+    const other: TensorStore = {
       ...store,
       read: async (name, options) => {
         const read = await file.read(name, options);
-        return name.endsWith("g_idx")
-          ? new Uint8Array(Int32Array.from(viewAs("i32", read.slice())).reverse().buffer)
-          : read;
+        return name.endsWith("quant_map") ? read.slice().reverse() : read;
       },
     };
-    const describing = parseScheme(gptq(4, false))?.describe(shuffled);
-    await expect(describing).rejects.toMatchObject({ code: "model/unsupported", context: { what: "g_idx of gptq4" } });
+    const describing = parseScheme(bitsandbytes)?.describe(other);
+    await expect(describing).rejects.toMatchObject({
+      code: "model/unsupported",
+      context: { what: "quant_map of nf4.weight" },
+    });
   });
 });
+
+/** A golden's tensors of one layer alone, as a store. */
+function only(file: TensorStore, layer: string): TensorStore {
+  const mine = (name: string) => name.startsWith(`${layer}.`) && !name.endsWith(".values");
+  return { ...file, tensors: new Map([...file.tensors].filter(([name]) => mine(name))) };
+}
+
+/** The layer is loaded in a format of this name, with the values of the golden: exactly, or off by `relative` of themselves. */
+async function expectValues(
+  file: TensorStore,
+  layer: string,
+  config: object,
+  format: string,
+  relative = 0,
+): Promise<void> {
+  const matrix = (await parseScheme(config)?.describe(only(file, layer)))?.get(`${layer}.weight`);
+  expect(matrix?.format.name).toBe(format);
+  const made = await loadStored(matrix as NonNullable<typeof matrix>, { tileBytes: 1 });
+  const values = await floats(file, `${layer}.values`);
+  const k = made.shape[1];
+  const wanted = values.map((_, at) => values[at - (at % k) + (matrix?.columns?.[at % k] ?? at % k)] as number);
+  const got = once(dequantize(made));
+  const near = got.map((value, i) => {
+    const exact = wanted[i] as number;
+    return Math.abs(value - exact) <= relative * Math.abs(exact) ? exact : value;
+  });
+  expectSame(near, wanted);
+}

@@ -20,7 +20,8 @@ export function writeGguf(
     bytes.push(...encoded);
   };
   const put = ([type, value]: GgufEntry): void => {
-    if (type === 4) u32(Number(value));
+    if (type === 2) number(2, (view) => view.setUint16(0, Number(value), true));
+    else if (type === 4) u32(Number(value));
     else if (type === 5) number(4, (view) => view.setInt32(0, Number(value), true));
     else if (type === 6) number(4, (view) => view.setFloat32(0, Number(value), true));
     else if (type === 7) bytes.push(value ? 1 : 0);

@@ -324,7 +324,7 @@ describe("what would change the numbers and is not supported is refused by name"
     ["clip_qkv", { ...llama, clip_qkv: 8 }, "8"],
     ["scale_attn_by_inverse_layer_idx", { ...gpt2, scale_attn_by_inverse_layer_idx: true }, "true"],
     ["is_encoder_decoder", { ...llama, is_encoder_decoder: true }, "true"],
-    ["quantization_config", { ...llama, quantization_config: { quant_method: "bitsandbytes" } }, "bitsandbytes"],
+    ["quantization_config", { ...llama, quantization_config: { quant_method: "modelopt" } }, "modelopt"],
   ];
   for (const [what, json, value] of cases)
     test(`${what} ${value}`, () => {

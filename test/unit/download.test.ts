@@ -5,7 +5,14 @@ import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
-import { type ChunkStore, cacheApiStore, type DownloadOptions, openCached } from "../../src/io/cache.js";
+import { type ChunkStore, type DownloadOptions, openCached } from "../../src/io/cache.js";
+import {
+  browserStore,
+  cacheApiStore,
+  type DirectoryHandle,
+  eitherStore,
+  privateFileStore,
+} from "../../src/io/cache-browser.js";
 import { parseHubName } from "../../src/io/hub.js";
 import { openModelFolder } from "../../src/io/model-folder.js";
 import { folderStore } from "../../src/io/node.js";
@@ -13,6 +20,7 @@ import { openWeights } from "../../src/io/quantized.js";
 import { sha256 } from "../../src/io/sha256.js";
 import { readJson } from "../../src/io/source.js";
 import { failure } from "../setup/safetensors.js";
+import { type GgufEntry, writeGguf } from "../support/gguf.js";
 import { tinyModel } from "../support/tiny-model.js";
 
 const DATA = Uint8Array.from({ length: 1_000_000 }, (_, i) => (i * 7 + (i >> 8)) & 255);
@@ -220,6 +228,127 @@ test("the Cache API keeps pieces, and its quota does not stop a download", async
   for (const url of kept.keys()) expect(url).toMatch(/^https:\/\/fewbit\.invalid\/[0-9a-f]{64}\/\d+$/);
 });
 
+/** A private file system that takes `quota` bytes, as browsers have it: an entry is there before anything is written to it. */
+class PrivateFiles {
+  readonly files = new Map<string, Uint8Array<ArrayBuffer>>();
+  quota = Number.POSITIVE_INFINITY;
+  readonly root = async () => this.#folder("");
+
+  #folder(path: string): DirectoryHandle {
+    const { files } = this;
+    const missing = () => Object.assign(new Error("not found"), { name: "NotFoundError" });
+    const open = async (name: string, { create = false } = {}) => {
+      const key = path + name;
+      if (!files.has(key) && !create) throw missing();
+      if (!files.has(key)) files.set(key, new Uint8Array(0));
+      let pending = new Uint8Array(0);
+      return {
+        getFile: async () => new Blob([files.get(key) as Uint8Array<ArrayBuffer>]),
+        createWritable: async () => ({
+          write: async (bytes: Uint8Array<ArrayBuffer>) => {
+            const used = [...files.values()].reduce((sum, file) => sum + file.length, bytes.length);
+            if (used > this.quota) throw Object.assign(new Error("Quota exceeded"), { name: "QuotaExceededError" });
+            pending = bytes;
+          },
+          close: async () => void files.set(key, pending),
+          abort: async () => {},
+        }),
+      };
+    };
+    return {
+      getDirectoryHandle: async (name: string) => this.#folder(`${path}${name}/`),
+      getFileHandle: open,
+      removeEntry: async (name: string) => {
+        if (!files.delete(path + name)) throw missing();
+      },
+    };
+  }
+}
+
+describe("the private file system of a browser", () => {
+  test("keeps pieces; cut in half, a download goes on there and is verified", async () => {
+    const system = new PrivateFiles();
+    const store = privateFileStore(system.root);
+    // A byte tells the size of the file.
+    budget = sent + 1 + DATA.length / 2;
+    expect(await failure(open({ store, sha256: SHA }))).toMatchObject({ code: "io/failed" });
+    budget = Number.POSITIVE_INFINITY;
+    sent = 0;
+    await using source = await open({ store, sha256: SHA });
+    expectBytes(await source.read(0, DATA.length), DATA);
+    expect(sent).toBe(1 + DATA.length / 2);
+    for (const name of system.files.keys()) expect(name).toMatch(/^fewbit\/[0-9a-f]{64}\/(\d+|sha256)$/);
+  });
+
+  test("finds a damaged piece, and takes one whose writing was cut off for none", async () => {
+    const system = new PrivateFiles();
+    const store = privateFileStore(system.root);
+    await using first = await open({ store });
+    await first.read(0, DATA.length);
+    const named = (piece: number) => [...system.files.keys()].find((name) => name.endsWith(`/${piece}`)) as string;
+    const piece = system.files.get(named(3)) as Uint8Array;
+    piece[500] = (piece[500] as number) ^ 1;
+    system.files.set(named(5), new Uint8Array(0));
+    const notices: string[] = [];
+    await using second = await open({ store, onNotice: (text) => notices.push(text) });
+    sent = 0;
+    expectBytes(await second.read(0, DATA.length), DATA);
+    expect(sent).toBe(2 * CHUNK);
+    expect(notices).toEqual([expect.stringContaining("piece 3")]);
+  });
+
+  test("does not stop a download by its quota, and keeps nothing half", async () => {
+    const system = new PrivateFiles();
+    system.quota = DATA.length / 2 + 32 * 10;
+    const notices: string[] = [];
+    await using source = await open({ store: privateFileStore(system.root), onNotice: (text) => notices.push(text) });
+    expectBytes(await source.read(0, DATA.length), DATA);
+    expect(notices).toEqual([expect.stringContaining("Quota exceeded")]);
+    expect([...system.files.values()].map((file) => file.length)).toEqual(Array(5).fill(CHUNK + 32));
+  });
+
+  test("takes what the Cache API refuses, which then is left alone", async () => {
+    const system = new PrivateFiles();
+    let tried = 0;
+    const kept = new Map<string, Uint8Array>();
+    const narrow: ChunkStore = {
+      get: async (key) => kept.get(key) ?? null,
+      put: async (key, bytes) => {
+        tried++;
+        if (kept.size === 4) throw new Error("too large");
+        kept.set(key, bytes);
+      },
+      remove: async (key) => void kept.delete(key),
+    };
+    const store = eitherStore(narrow, privateFileStore(system.root));
+    const notices: string[] = [];
+    for (const expected of [DATA.length, 0]) {
+      await using source = await open({ store, onNotice: (text) => notices.push(text) });
+      sent = 0;
+      expectBytes(await source.read(0, DATA.length), DATA);
+      expect(sent).toBe(expected);
+    }
+    expect([kept.size, tried, system.files.size]).toEqual([4, 5, 6]);
+    expect(notices).toEqual([]);
+  });
+
+  test("stands in for a Cache API that is not there or cannot be opened", async () => {
+    const system = new PrivateFiles();
+    const navigator = { storage: { getDirectory: system.root } };
+    const denied = { open: () => Promise.reject(new Error("SecurityError")) };
+    for (const scope of [{ navigator }, { navigator, caches: denied }]) {
+      system.files.clear();
+      const store = browserStore(scope) as ChunkStore;
+      await store.put("a/1", Uint8Array.of(1, 2));
+      expect(await store.get("a/1")).toEqual(Uint8Array.of(1, 2));
+      expect([...system.files.keys()]).toEqual(["fewbit/a/1"]);
+      await store.remove("a/1");
+      expect(await store.get("a/1")).toBe(null);
+    }
+    expect(browserStore({})).toBe(null);
+  });
+});
+
 describe("a model that is not on this machine", () => {
   const options = () => ({
     cache: folderStore(folder),
@@ -242,6 +371,40 @@ describe("a model that is not on this machine", () => {
     for (const path of resolved) expect(path).toContain(`/resolve/${"c0ffee".padEnd(40, "0")}/`);
   });
 
+  test("in several GGUF files opens from the first, under a URL, by a name of the Hub and in a folder", async () => {
+    const metadata = {
+      "general.architecture": [8, "qwen2"],
+      "qwen2.block_count": [4, 1],
+      "qwen2.context_length": [4, 64],
+      "qwen2.embedding_length": [4, 32],
+      "qwen2.feed_forward_length": [4, 64],
+      "qwen2.attention.head_count": [4, 2],
+      "qwen2.attention.layer_norm_rms_epsilon": [6, 1e-6],
+    } as const satisfies Record<string, GgufEntry>;
+    const tensor = (name: string, fill: number) => {
+      const data = new Uint8Array(new Float32Array(64).fill(fill).buffer);
+      return { name, type: 0, shape: [2, 32], data };
+    };
+    const split = (no: number) => ({ "split.no": [2, no], "split.count": [2, 2] }) as const;
+    files = new Map([
+      ["m-00001-of-00002.gguf", writeGguf({ ...metadata, ...split(0) }, [tensor("token_embd.weight", 1)])],
+      ["m-00002-of-00002.gguf", writeGguf(split(1), [tensor("output.weight", 2)])],
+    ]);
+    const local = await mkdtemp(join(tmpdir(), "fewbit-parts-"));
+    try {
+      for (const [name, bytes] of files) await writeFile(join(local, name), bytes);
+      const first = "m-00001-of-00002.gguf";
+      for (const [name, bytes] of [...files]) files.set(`sub/${name}`, bytes);
+      for (const name of [new URL(first, base).href, `o/m/${first}`, `o/m/sub/${first}`, join(local, first)]) {
+        await using weights = await openWeights(await openModelFolder(name, options()), undefined);
+        const head = await weights.read("lm_head.weight");
+        expect([...new Float32Array(head.slice().buffer)]).toEqual(Array(64).fill(2));
+      }
+    } finally {
+      await rm(local, { recursive: true });
+    }
+  });
+
   test("is not found by name without access, at another revision, or without the file", async () => {
     const denied = await failure(openModelFolder("o/m", { ...options(), accessToken: "hf_other" }));
     expect(denied.code).toBe("io/not-found");
@@ -255,7 +418,8 @@ describe("a model that is not on this machine", () => {
   test("has a name of two parts", () => {
     expect(parseHubName("owner/name")).toEqual({ repo: "owner/name", file: null });
     expect(parseHubName("hf:owner/name/x-Q4_K_M.gguf")).toEqual({ repo: "owner/name", file: "x-Q4_K_M.gguf" });
-    for (const other of ["name", "./a/b", "a/b/c", "../a", "/a/b", "C:\\a", "a/b/c/d.gguf"])
+    expect(parseHubName("owner/name/Q4_K_M/x.gguf")).toEqual({ repo: "owner/name", file: "Q4_K_M/x.gguf" });
+    for (const other of ["name", "./a/b", "a/b/c", "../a", "/a/b", "C:\\a", "a/b/../d.gguf", "a/b//d.gguf"])
       expect(parseHubName(other)).toBeNull();
   });
 });

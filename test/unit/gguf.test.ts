@@ -1,6 +1,9 @@
 import { describe, expect, test } from "vitest";
+import { viewAs } from "../../src/core/dtype.js";
 import { readGguf } from "../../src/io/gguf.js";
 import { ggufDirectory } from "../../src/io/gguf-model.js";
+import { openModelFolder } from "../../src/io/model-folder.js";
+import { openWeights } from "../../src/io/quantized.js";
 import { memorySource, readJson } from "../../src/io/source.js";
 import { parseConfig } from "../../src/models/config.js";
 import { failure } from "../setup/safetensors.js";
@@ -37,7 +40,7 @@ const f32 = (name: string, values: readonly number[]) => ({
 });
 const embedding = { name: "token_embd.weight", type: 0, shape: [5, 256], data: new Uint8Array(5 * 1024) };
 const file = (entries: Record<string, GgufEntry>, tensors = [embedding]) =>
-  ggufDirectory(async () => memorySource(writeGguf(entries, tensors), "m.gguf"));
+  ggufDirectory("m.gguf", async () => memorySource(writeGguf(entries, tensors), "m.gguf"));
 
 describe("config.json of a GGUF file", () => {
   test("has the fields of the architecture", async () => {
@@ -54,6 +57,33 @@ describe("config.json of a GGUF file", () => {
       vocab_size: 5,
     });
     expect(parseConfig(config)).toMatchObject({ contextLength: 131_072, qkvBias: true, eosIds: [1] });
+  });
+
+  test("scales Gemma's queries by the width of its heads, in the largest models by their share of the hidden size", async () => {
+    for (const [name, largest] of [
+      ["gemma2", 46],
+      ["gemma3", 62],
+    ] as const)
+      for (const layers of [2, largest]) {
+        const keys = { [`${name}.block_count`]: u32(layers), [`${name}.attention.key_length`]: u32(32) };
+        const entries = metadata(name, { ...keys, [`${name}.attention.value_length`]: u32(32) });
+        const config = await readJson(await file(entries), "config.json");
+        expect(parseConfig(config).attention.scale).toBe(1 / Math.sqrt(layers === largest ? 256 / 4 : 32));
+      }
+  });
+
+  test("has no windows, and one rotation, where a Gemma 3 file has no window", async () => {
+    const window = { "gemma3.block_count": u32(7), "gemma3.attention.sliding_window": u32(512) };
+    const layers = async (more: Record<string, GgufEntry>) =>
+      parseConfig(await readJson(await file(metadata("gemma3", more)), "config.json")).layerConfigs.map(
+        ({ window, rope }) => [window, rope],
+      );
+    const local = [512, 1];
+    expect(await layers(window)).toEqual([local, local, local, local, local, [null, 0], local]);
+    expect(await layers({ "gemma3.block_count": u32(2) })).toEqual([
+      [null, 0],
+      [null, 0],
+    ]);
   });
 
   test("has an untied head where the file has one", async () => {
@@ -93,6 +123,80 @@ describe("config.json of a GGUF file", () => {
   });
 });
 
+test("experts may lie in tensors of their own, and the gate of a shared one in a vector", async () => {
+  const tensor = (name: string, shape: number[], fill: number) => {
+    const data = new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(fill);
+    return { name, type: 0, shape, data: new Uint8Array(data.buffer) };
+  };
+  const mixtral = await file(metadata("llama", { "llama.expert_count": u32(2), "llama.expert_used_count": u32(1) }), [
+    embedding,
+    tensor("blk.0.ffn_down.0.weight", [256, 512], 1),
+    tensor("blk.0.ffn_down.1.weight", [256, 512], 2),
+  ]);
+  await using experts = await openWeights(mixtral, undefined);
+  for (const expert of [0, 1]) {
+    const name = `model.layers.0.block_sparse_moe.experts.${expert}.w2.weight`;
+    expect(viewAs("f32", (await experts.read(name)).slice())[5]).toBe(expert + 1);
+  }
+  const counts = { "qwen2moe.expert_count": u32(2), "qwen2moe.expert_used_count": u32(1) };
+  const qwen = await file(metadata("qwen2moe", counts), [
+    embedding,
+    tensor("blk.0.ffn_gate_inp_shexp.weight", [256], 3),
+  ]);
+  await using gate = await openWeights(qwen, undefined);
+  expect(gate.tensors.get("model.layers.0.mlp.shared_expert_gate.weight")?.shape).toEqual([1, 256]);
+});
+
+describe("a model in several GGUF files", () => {
+  const part = (no: number, count: number, tensors: (typeof embedding)[], entries: Record<string, GgufEntry> = {}) =>
+    writeGguf({ ...entries, "split.no": u32(no), "split.count": u32(count) }, tensors);
+  const name = (no: number) => `m-0000${no}-of-00003.gguf`;
+  const norm = (layer: number) =>
+    ({ ...f32(`blk.${layer}.attn_norm.weight`, Array(256).fill(layer + 1)) }) as typeof embedding;
+  const files = () =>
+    new Map([
+      [name(2), part(1, 3, [norm(0)])],
+      [name(1), part(0, 3, [embedding], metadata("llama"))],
+      [name(3), part(2, 3, [norm(1), { ...embedding, name: "output.weight" }])],
+    ]);
+
+  test("is one model, opened by the first", async () => {
+    const directory = await openModelFolder(files());
+    expect(await readJson(directory, "config.json")).toMatchObject({ tie_word_embeddings: false, hidden_size: 256 });
+    await using weights = await openWeights(directory, undefined);
+    expect(weights.tensors.size).toBe(4);
+    for (const layer of [0, 1]) {
+      const bytes = await weights.read(`model.layers.${layer}.input_layernorm.weight`);
+      expect([...viewAs("f32", bytes.slice())]).toEqual(Array(256).fill(layer + 1));
+    }
+  });
+
+  const wrong: [what: string, change: (all: Map<string, Uint8Array>) => void, code: string, reason: RegExp][] = [
+    ["a part that is not there", (all) => all.delete(name(2)), "io/not-found", /m-00002/],
+    [
+      "a part in the place of another",
+      (all) => all.set(name(2), part(2, 3, [norm(0)])),
+      "io/malformed",
+      /part 2, not 1/,
+    ],
+    ["a tensor twice", (all) => all.set(name(2), part(1, 3, [embedding])), "io/malformed", /once more/],
+    [
+      "another name",
+      (all) => all.set("a.gguf", part(0, 3, [embedding], metadata("llama"))),
+      "io/malformed",
+      /NAME-00001/,
+    ],
+  ];
+  for (const [what, change, code, reason] of wrong)
+    test(`with ${what} is refused`, async () => {
+      const all = files();
+      change(all);
+      const error = await failure(openModelFolder(all));
+      expect(error.code).toBe(code);
+      expect(error.message).toMatch(reason);
+    });
+});
+
 describe("what a GGUF file may hold and fewbit cannot read is refused by name", () => {
   const cases: readonly (readonly [
     what: string,
@@ -101,9 +205,13 @@ describe("what a GGUF file may hold and fewbit cannot read is refused by name", 
     tensors?: (typeof embedding)[],
   ])[] = [
     ["GGUF architecture", { "general.architecture": [8, "bert"] }, "bert"],
-    ["llama.expert_count", metadata("llama", { "llama.expert_count": u32(8) }), "8"],
+    ["GGUF architecture", metadata("qwen3", { "qwen3.expert_count": u32(8) }), "qwen3 with experts"],
+    [
+      "llama.expert_gating_func",
+      metadata("llama", { "llama.expert_count": u32(8), "llama.expert_gating_func": u32(2) }),
+      "2",
+    ],
     ["llama.rope.dimension_count", metadata("llama", { "llama.rope.dimension_count": u32(32) }), "32"],
-    ["GGUF split.count", metadata("llama", { "split.count": u32(3) }), "3"],
     ["GGUF tensor", metadata("llama"), "blk.0.attn_sinks.weight", [{ ...embedding, name: "blk.0.attn_sinks.weight" }]],
     ['type of tensor "token_embd.weight"', metadata("llama"), "IQ2_XXS", [{ ...embedding, type: 16 }]],
   ];

@@ -1,3 +1,6 @@
+import { mkdtemp, open, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { describe, expect, test } from "vitest";
@@ -12,9 +15,11 @@ import { withStored } from "../../src/io/quantized.js";
 import { layOut, type SafetensorsDtype, type TensorStore } from "../../src/io/safetensors.js";
 import { gptqScheme } from "../../src/io/scheme-packed.js";
 import { createSource, memorySource, type SourceDirectory } from "../../src/io/source.js";
-import type { TensorSpec } from "../../src/models/config.js";
+import { parseConfig, type TensorSpec, tensorSpecs } from "../../src/models/config.js";
+import { openDecoder } from "../../src/models/load.js";
 import { planWeights } from "../../src/models/weights.js";
 import { parseQuantizeName } from "../../src/quantize/names.js";
+import { TINY_CONFIG, tinyModel } from "../support/tiny-model.js";
 
 setFlagsFromString("--expose-gc");
 const collect = runInNewContext("gc") as () => void;
@@ -139,16 +144,94 @@ describe("loading holds the tensor that is made and at most 64 MiB more", () => 
       expect(peak - largest).toBeLessThan(64 * MiB);
     });
 
-  test("GPTQ, which is stored as the transpose", { timeout: 120_000 }, async () => {
+  test.each([
+    ["", false],
+    [", in order of activation", true],
+  ])("GPTQ, which is stored as the transpose%s", { timeout: 120_000 }, async (_, shuffled) => {
     const parts = (shard: number): Part[] => [
       { name: `m${shard}.qweight`, dtype: "I32", shape: [K / 8, N] },
       { name: `m${shard}.qzeros`, dtype: "I32", shape: [K / 128, N / 8] },
       { name: `m${shard}.scales`, dtype: "F16", shape: [K / 128, N] },
+      ...(shuffled ? [{ name: `m${shard}.g_idx`, dtype: "I32", shape: [K] } as const] : []),
     ];
     const { directory } = shards(3, parts, () => ({}));
-    await using checkpoint = await openCheckpoint(directory);
+    await using zeros = await openCheckpoint(directory);
+    const order = new Uint8Array(Int32Array.from({ length: K }, (_, i) => ((i * 77) % K) >> 7).buffer);
+    const checkpoint: TensorStore = {
+      ...zeros,
+      read: async (name, options) => (name.endsWith("g_idx") ? order : zeros.read(name, options)),
+    };
     const stored = await gptqScheme({ bits: 4, group_size: 128, sym: false }).describe(checkpoint);
     const { peak, largest } = await loadAll({ ...checkpoint, stored }, "none");
     expect(peak - largest).toBeLessThan(64 * MiB);
   });
+});
+
+/** A folder of two shards, 260 MiB of bf16. */
+async function writeShards(folder: string): Promise<void> {
+  const sizes = { vocab_size: 16000, hidden_size: 2048, intermediate_size: 5632, num_hidden_layers: 2 };
+  const config = { ...TINY_CONFIG, ...sizes, num_attention_heads: 16, num_key_value_heads: 16 };
+  const json = { ...config, tie_word_embeddings: true };
+  const specs = tensorSpecs(parseConfig(json));
+  const half = Math.ceil(specs.length / 2);
+  const weightMap: Record<string, string> = {};
+  const tile = new Uint8Array(Uint16Array.from({ length: 2 ** 21 }, (_, i) => 0x3c00 + ((i * 40503) & 0x81ff)).buffer);
+  for (const part of [specs.slice(0, half), specs.slice(half)]) {
+    const file = `${part[0]?.name}.safetensors`;
+    const { header, size } = layOut(
+      part.map(({ name, shape }) => ({ name, dtype: "BF16", shape })),
+      {},
+    );
+    const handle = await open(join(folder, file), "w");
+    await handle.write(header);
+    for (let at = header.length; at < size; at += tile.length)
+      await handle.write(tile, 0, Math.min(tile.length, size - at), at);
+    await handle.close();
+    for (const { name } of part) weightMap[name] = file;
+  }
+  const files = new Map<string, Uint8Array>(tinyModel());
+  files.delete("model.safetensors");
+  files.set("config.json", new TextEncoder().encode(JSON.stringify(json)));
+  files.set("model.safetensors.index.json", new TextEncoder().encode(JSON.stringify({ weight_map: weightMap })));
+  for (const [name, bytes] of files) await writeFile(join(folder, name), bytes);
+}
+
+test("the process grows by the largest tensor and at most 64 MiB while it loads a folder from disk", {
+  timeout: 240_000,
+}, async () => {
+  const folder = await mkdtemp(join(tmpdir(), "fewbit-memory-"));
+  try {
+    await writeShards(folder);
+    const load = async (count: number): Promise<{ resident: number; buffers: number; largest: number }> => {
+      collect();
+      const before = process.memoryUsage();
+      const peak = { resident: 0, buffers: 0, largest: 0 };
+      const sample = () => {
+        const { rss, arrayBuffers } = process.memoryUsage();
+        peak.resident = Math.max(peak.resident, rss - before.rss);
+        peak.buffers = Math.max(peak.buffers, arrayBuffers - before.arrayBuffers);
+      };
+      const timer = setInterval(sample, 1);
+      await using decoder = await openDecoder(folder, { quantize: "int8wo" }, "last");
+      const weights = decoder.graph.values.filter(({ role }) => role === "weight").slice(-count);
+      for (const { name } of weights) {
+        const tensor = await decoder.load(name);
+        sample();
+        peak.largest = Math.max(peak.largest, "qdata" in tensor ? tensorBytes(tensor) : tensor.data.byteLength);
+        collect();
+      }
+      clearInterval(timer);
+      return peak;
+    };
+    // Some weights first: they bring code and tables into memory.
+    await load(3);
+    const { resident, buffers, largest } = await load(Number.POSITIVE_INFINITY);
+    const shown = [resident, buffers, largest].map((bytes) => (bytes / MiB).toFixed(0));
+    console.log(`resident ${shown[0]} MiB more, buffers ${shown[1]}, the largest tensor ${shown[2]}`);
+    expect(largest).toBeGreaterThan(60 * MiB);
+    expect(buffers - largest).toBeLessThan(16 * MiB);
+    expect(resident - largest).toBeLessThan(64 * MiB);
+  } finally {
+    await rm(folder, { recursive: true });
+  }
 });

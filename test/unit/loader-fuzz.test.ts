@@ -160,7 +160,7 @@ describe("100,000 damaged headers give coded errors or sound files, and no large
     );
     const header = file.length - 3000;
     const tally = await fuzz(40_000, [{ bytes: file, header }], async (bytes, size) => {
-      const directory = await ggufDirectory(async () => claimed(bytes, size));
+      const directory = await ggufDirectory("m.gguf", async () => claimed(bytes, size));
       for (const name of ["config.json", "tokenizer.json", "tokenizer_config.json"]) await readJson(directory, name);
       await using store = await (directory.weights as NonNullable<SourceDirectory["weights"]>)({});
       for (const matrix of store.stored?.values() ?? [])

@@ -6,6 +6,7 @@
 ggml_blocks   random blocks of every GGML type, dequantized by the gguf package
 tiny.gguf     a Llama of two layers written by the gguf package as llama.cpp's converter writes it, with tiny_gguf (values)
 spm.gguf      no tensors: a SentencePiece vocabulary, with the ids that sentencepiece gives to texts (in its metadata)
+<arch>.gguf   small models of other architectures: names by the gguf package's own map, weights by the rule of `weights`
 packed        GPTQ, AWQ, compressed-tensors and fp8 weights packed with numpy as those libraries' sources do, with values
 """
 
@@ -16,7 +17,7 @@ import os
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
-from gguf import GGUFWriter, TokenType, quants
+from gguf import GGUFWriter, MODEL_ARCH_NAMES, RopeScalingType, TokenType, get_tensor_name_map, quants
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
@@ -178,6 +179,134 @@ def spm_gguf():
     writer.close()
 
 
+def weights(name, shape):
+    """Integers of -127 to 127, the same for one name everywhere: FNV-1a of the name, then a hash of each place."""
+    seed = 2166136261
+    for byte in name.encode():
+        seed = (seed ^ byte) * 16777619 % 2**32
+    x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761) + np.uint32(seed)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(2246822519)
+    x ^= x >> np.uint32(13)
+    values = (x >> np.uint32(8)).astype(np.int64) % 255 - 127
+    values[::32] = 127  # So that a block of Q8_0 holds them exactly.
+    return (values / 512).astype(np.float32).reshape(shape)
+
+
+# Architecture, its converter's shift of norms, keys beside those of every file, layers, experts, and matrices by layer.
+HIDDEN, INNER, HEADS, KV, DIM, VOCAB = 32, 64, 4, 2, 16, 40
+ARCHITECTURES = {
+    "gemma2": (2, 1, 0, dict(attn_logit_softcapping=5.0, final_logit_softcapping=4.0, sliding_window=9)),
+    "gemma3": (2, 1, 0, dict(sliding_window=9, sliding_window_pattern=2, rope_freq_base=1e6, linear=8.0)),
+    "llama": (1, 0, 4, dict(expert_used_count=2)),
+    "qwen2moe": (1, 0, 4, dict(expert_used_count=2, expert_feed_forward_length=32, shared=32)),
+    "qwen3moe": (1, 0, 4, dict(expert_used_count=2, expert_feed_forward_length=32)),
+}
+
+
+def architectures():
+    for name, (layers, shift, experts, keys) in ARCHITECTURES.items():
+        writer = GGUFWriter(path(f"arch_{name}.gguf"), name)
+        arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
+        names = get_tensor_name_map(arch, layers)
+        writer.add_context_length(64)
+        writer.add_embedding_length(HIDDEN)
+        writer.add_block_count(layers)
+        writer.add_feed_forward_length(INNER)
+        writer.add_head_count(HEADS)
+        writer.add_head_count_kv(KV)
+        writer.add_key_length(DIM)
+        writer.add_value_length(DIM)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_freq_base(keys.get("rope_freq_base", 10000.0))
+        if experts:
+            writer.add_expert_count(experts)
+            writer.add_expert_used_count(keys["expert_used_count"])
+        if "expert_feed_forward_length" in keys:
+            writer.add_expert_feed_forward_length(keys["expert_feed_forward_length"])
+        if "shared" in keys:
+            writer.add_expert_shared_feed_forward_length(keys["shared"])
+        if "sliding_window" in keys:
+            writer.add_sliding_window(keys["sliding_window"])
+        if "sliding_window_pattern" in keys:
+            writer.add_sliding_window_pattern(keys["sliding_window_pattern"])
+        if "linear" in keys:
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(keys["linear"])
+        if "attn_logit_softcapping" in keys:
+            writer.add_attn_logit_softcapping(keys["attn_logit_softcapping"])
+            writer.add_final_logit_softcapping(keys["final_logit_softcapping"])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(["<s>", "</s>", "ab", *(chr(97 + i % 26) * (1 + i // 26) for i in range(VOCAB - 3))])
+        writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (VOCAB - 2))
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+
+        def put(hf, values, quantize):
+            """A tensor by its name without `.weight`, as the converter would write it."""
+            stem, suffix = hf.rsplit(".", 1)
+            gguf = f"{names.get_name(stem)}.{suffix}"
+            if quantize:
+                writer.add_tensor(gguf, quants.quantize(values, T.Q8_0), raw_dtype=T.Q8_0)
+            else:
+                writer.add_tensor(gguf, values)
+
+        def matrix(hf, shape, quantize=True):
+            values = weights(hf, shape)
+            for part, heads in (("q_proj", HEADS), ("k_proj", KV)):
+                if name == "llama" and part in hf:
+                    values = np.ascontiguousarray(permute(values, heads))
+            put(hf, values, quantize and values.ndim > 1)
+
+        def norm(hf, size=HIDDEN):
+            values = weights(hf, (size,))
+            put(hf, values + np.float32(1), False)
+
+        matrix("model.embed_tokens.weight", (VOCAB, HIDDEN))
+        norm("model.norm.weight")
+        if not shift:
+            matrix("lm_head.weight", (VOCAB, HIDDEN))
+        for layer in range(layers):
+            base = f"model.layers.{layer}."
+            norm(base + "input_layernorm.weight")
+            norm(base + "post_attention_layernorm.weight")
+            if shift:
+                norm(base + "pre_feedforward_layernorm.weight")
+                norm(base + "post_feedforward_layernorm.weight")
+            for part, width in (("q", HEADS * DIM), ("k", KV * DIM), ("v", KV * DIM)):
+                matrix(f"{base}self_attn.{part}_proj.weight", (width, HIDDEN))
+                if name == "qwen2moe":
+                    matrix(f"{base}self_attn.{part}_proj.bias", (width,))
+            matrix(base + "self_attn.o_proj.weight", (HIDDEN, HEADS * DIM))
+            if name in ("gemma3", "qwen3moe"):
+                norm(base + "self_attn.q_norm.weight", DIM)
+                norm(base + "self_attn.k_norm.weight", DIM)
+            if not experts:
+                for part in ("gate", "up"):
+                    matrix(f"{base}mlp.{part}_proj.weight", (INNER, HIDDEN))
+                matrix(base + "mlp.down_proj.weight", (HIDDEN, INNER))
+                continue
+            mixtral = name == "llama"
+            inner = INNER if mixtral else keys["expert_feed_forward_length"]
+            block = base + ("block_sparse_moe." if mixtral else "mlp.")
+            matrix(block + "gate.weight", (experts, HIDDEN), False)
+            for part, other in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+                kind = other if mixtral else part
+                shape = (HIDDEN, inner) if part == "down_proj" else (inner, HIDDEN)
+                stack = np.stack([weights(f"{block}experts.{e}.{kind}.weight", shape) for e in range(experts)])
+                put(f"{block}experts.{kind}.weight", stack, True)
+            if "shared" in keys:
+                matrix(block + "shared_expert_gate.weight", (1, HIDDEN), False)
+                for part in ("gate", "up"):
+                    matrix(f"{block}shared_expert.{part}_proj.weight", (keys["shared"], HIDDEN))
+                matrix(block + "shared_expert.down_proj.weight", (HIDDEN, keys["shared"]))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
 def pack_rows(codes, bits):
     """Codes [rows, columns] to int32 words along the columns, least significant first."""
     rows, columns = codes.shape
@@ -253,4 +382,5 @@ if __name__ == "__main__":
     ggml_blocks()
     tiny_gguf()
     spm_gguf()
+    architectures()
     packed()
