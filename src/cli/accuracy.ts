@@ -20,8 +20,7 @@ export interface AccuracyRow {
 
 const COLUMNS = ["format", "perplexity", "delta", "size", "tokens/s"] as const;
 
-function cells({ quantize, result, refused }: AccuracyRow): string[] {
-  if (result === undefined) return [quantize, "-", "", "", refused ?? ""];
+function cells(quantize: string, result: NonNullable<AccuracyRow["result"]>): string[] {
   const { perplexity, delta, weightBytes, tokensPerSecond } = result;
   const sign = delta !== null && delta >= 0 ? "+" : "";
   return [
@@ -33,16 +32,21 @@ function cells({ quantize, result, refused }: AccuracyRow): string[] {
   ];
 }
 
-/** The table as text: columns of equal width, numbers to the right. */
-export function accuracyText(rows: readonly AccuracyRow[]): string {
-  const lines = [[...COLUMNS], ...rows.map(cells)];
-  const widths = COLUMNS.map((_, i) => Math.max(...lines.map((line) => (line[i] as string).length)));
-  return lines
-    .map((line) =>
-      line.map((cell, i) => (i === 0 ? cell.padEnd(widths[i] as number) : cell.padStart(widths[i] as number))),
-    )
-    .map((line) => `${line.join("  ").trimEnd()}\n`)
-    .join("");
+/** Columns right of the name are as wide as any number in them. */
+const WIDTHS = [12, 12, 9, 9] as const;
+
+/** The table as text, line by line so that rows can be shown as they come: columns of equal width, numbers to the right. */
+export function accuracyLines(names: readonly string[]): { readonly head: string; line(row: AccuracyRow): string } {
+  const first = Math.max(COLUMNS[0].length, ...names.map((name) => name.length));
+  const join = ([name = "", ...rest]: readonly string[]) =>
+    `${(name.padEnd(first) + rest.map((cell, i) => cell.padStart(WIDTHS[i] as number)).join("")).trimEnd()}\n`;
+  return {
+    head: join(COLUMNS),
+    line: (row) =>
+      row.result === undefined
+        ? join([row.quantize, "-", `  ${row.refused ?? ""}`])
+        : join(cells(row.quantize, row.result)),
+  };
 }
 
 /** The table with unrounded numbers, one line a row (RFC 4180). */
@@ -64,20 +68,42 @@ export function accuracyCsv(rows: readonly AccuracyRow[]): string {
   return line(["format", "perplexity", "delta", "nll", "bytes", "tokens_per_second", "refused"]) + body.join("");
 }
 
-const PLOT = { width: 900, height: 640, label: 9 } as const;
+const PLOT = { width: 1000, height: 720, font: 9 } as const;
 
 /**
- * Size against perplexity as an SVG document: one labelled point a row. Perplexity is on a logarithmic axis, since formats differ
- * by decades.
+ * Size against perplexity as an SVG document: a labelled point a row, and a line through those than which none is both smaller and better. Both axes
+ * are logarithmic; perplexity counts from the least, since formats differ from it by anything from thousandths to hundreds.
  */
 export async function accuracySvg(rows: readonly AccuracyRow[], title: string): Promise<string> {
-  const points = rows.flatMap(({ quantize, result }) =>
-    result === undefined ? [] : [{ format: quantize, size: result.weightBytes / 1e6, perplexity: result.perplexity }],
-  );
-  const shifts = labelShifts(points);
+  const measured = rows.flatMap(({ quantize, result }) => (result === undefined ? [] : [{ quantize, ...result }]));
+  const least = Math.min(...measured.map(({ perplexity }) => perplexity));
+  const size = { domain: sizeRange(measured.map(({ weightBytes }) => weightBytes / 1e6)) };
+  const [low, high] = size.domain;
+  // Below this, distances are drawn as they are.
+  const linear = least / 1000;
+  const most = Math.max(...measured.map(({ perplexity }) => perplexity - least), linear) * 1.2;
+  const points = measured.map(({ quantize, perplexity, weightBytes }) => ({
+    format: quantize,
+    size: weightBytes / 1e6,
+    above: perplexity - least,
+    x: (Math.log(weightBytes / 1e6 / low) / Math.log(high / low)) * PLOT.width,
+    y: (1 - Math.log1p((perplexity - least) / linear) / Math.log1p(most / linear)) * PLOT.height,
+    best: !measured.some(
+      (other) =>
+        other.weightBytes <= weightBytes &&
+        other.perplexity <= perplexity &&
+        (other.weightBytes < weightBytes || other.perplexity < perplexity),
+    ),
+  }));
+  const labels = placeLabels(points);
+  const places = points.map((point, i) => ({ ...point, ...(labels[i] as Label) }));
+  const ticks = [
+    0,
+    ...Array.from({ length: 9 }, (_, i) => 10 ** (i - 2)).filter((tick) => tick > linear / 2 && tick < most),
+  ];
+  const at = (x: string, y: string) => ({ x: { field: x }, y: { field: y } });
+  const ink = { signal: "datum.best ? '#1f5fa8' : '#8a8a8a'" };
   const vega = await import("vega");
-  const axis = (scale: string, orient: "bottom" | "left", text: string) => ({ scale, orient, title: text, grid: true });
-  const x = { scale: "size", field: "size" };
   const view = new vega.View(
     vega.parse({
       $schema: "https://vega.github.io/schema/vega/v6.json",
@@ -86,34 +112,60 @@ export async function accuracySvg(rows: readonly AccuracyRow[], title: string): 
       padding: 10,
       background: "white",
       title,
-      data: [{ name: "rows", values: points.map((point, i) => ({ ...point, shift: shifts[i] })) }],
-      scales: [
-        { name: "size", type: "linear", domain: extent(points, "size"), range: "width" },
-        { name: "perplexity", type: "log", domain: extent(points, "perplexity"), range: "height" },
+      data: [
+        { name: "rows", values: places },
+        { name: "best", values: places.filter(({ best }) => best).sort((a, b) => a.size - b.size) },
       ],
-      axes: [axis("size", "bottom", "weights, MB"), axis("perplexity", "left", "perplexity")],
+      scales: [
+        { name: "size", type: "log", domain: size.domain, range: "width", nice: false },
+        { name: "above", type: "symlog", constant: linear, domain: [0, most], range: "height", nice: false },
+      ],
+      axes: [
+        { scale: "size", orient: "bottom", title: "weights, MB", grid: true, gridOpacity: 0.5, format: "~r" },
+        {
+          scale: "above",
+          orient: "left",
+          title: `perplexity above ${least.toFixed(4)}`,
+          grid: true,
+          gridOpacity: 0.5,
+          values: ticks,
+          format: "~r",
+        },
+      ],
       marks: [
         {
-          type: "symbol",
+          type: "line",
+          from: { data: "best" },
+          encode: { enter: { ...at("x", "y"), stroke: { value: "#1f5fa8" }, strokeOpacity: { value: 0.35 } } },
+        },
+        {
+          type: "rule",
           from: { data: "rows" },
           encode: {
             enter: {
-              x,
-              y: { scale: "perplexity", field: "perplexity" },
-              size: { value: 30 },
-              fill: { value: "#2a6db0" },
+              ...at("x", "y"),
+              x2: { field: "labelX" },
+              y2: { field: "labelY" },
+              stroke: { value: "#8a8a8a" },
+              strokeWidth: { value: 0.4 },
             },
           },
+        },
+        {
+          type: "symbol",
+          from: { data: "rows" },
+          encode: { enter: { ...at("x", "y"), size: { value: 30 }, fill: ink } },
         },
         {
           type: "text",
           from: { data: "rows" },
           encode: {
             enter: {
-              x: { ...x, offset: 6 },
-              y: { scale: "perplexity", field: "perplexity", offset: { field: "shift" } },
+              ...at("labelX", "labelY"),
               text: { field: "format" },
-              fontSize: { value: PLOT.label },
+              align: { field: "align" },
+              fill: { signal: "datum.best ? '#1f5fa8' : '#333'" },
+              fontSize: { value: PLOT.font },
               baseline: { value: "middle" },
             },
           },
@@ -129,36 +181,52 @@ export async function accuracySvg(rows: readonly AccuracyRow[], title: string): 
   }
 }
 
-interface Point {
-  readonly format: string;
-  readonly size: number;
-  readonly perplexity: number;
+/** Sizes with room for a label at either end. */
+function sizeRange(sizes: readonly number[]): [number, number] {
+  return [Math.min(...sizes) * 0.9, Math.max(...sizes) * 1.12];
 }
 
-/** The range of a field with room for a label at its end. */
-function extent(points: readonly Point[], field: "size" | "perplexity"): [number, number] {
-  const values = points.map((point) => point[field]);
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  return [low * 0.98, high * (high === low ? 1.1 : 1.02)];
+interface Label {
+  readonly labelX: number;
+  readonly labelY: number;
+  readonly align: "left" | "right";
 }
 
-/** Pixels by which labels are moved up or down so that none lies on another: from the least perplexity on, each to the nearest free place. */
-function labelShifts(points: readonly Point[]): number[] {
-  const [left, right] = extent(points, "size");
-  const [low, high] = extent(points, "perplexity");
-  const x = ({ size }: Point) => ((size - left) / (right - left)) * PLOT.width;
-  const y = ({ perplexity }: Point) => (Math.log(high / perplexity) / Math.log(high / low)) * PLOT.height;
-  const width = ({ format }: Point) => format.length * PLOT.label * 0.6 + 8;
-  const placed: { left: number; right: number; y: number }[] = [];
-  const shifts = new Map<Point, number>();
-  for (const point of [...points].sort((a, b) => a.perplexity - b.perplexity)) {
-    const [from, to] = [x(point), x(point) + width(point)];
-    const free = (at: number) =>
-      placed.every((other) => other.left > to || other.right < from || Math.abs(other.y - at) >= PLOT.label);
-    let shift = 0;
-    for (let step = 1; !free(y(point) + shift); step++) shift = (step % 2 === 1 ? -1 : 1) * Math.ceil(step / 2) * 3;
-    placed.push({ left: from, right: to, y: y(point) + shift });
-    shifts.set(point, shift);
+/**
+ * Where labels go: each beside its point, on the right or on the left, at the nearest height where it lies on no point and no
+ * other label. Those with the fewest neighbours come last: they find room anywhere.
+ */
+function placeLabels(points: readonly { readonly format: string; readonly x: number; readonly y: number }[]): Label[] {
+  const half = PLOT.font / 2 + 0.5;
+  const taken = points.map(({ x, y }) => ({ left: x - 3, right: x + 3, top: y - 3, bottom: y + 3 }));
+  const near = (a: { x: number; y: number }) => points.filter((b) => Math.hypot(a.x - b.x, a.y - b.y) < 60).length;
+  const order = points.map((point, i) => ({ point, i, near: near(point) })).sort((a, b) => b.near - a.near);
+  const labels: Label[] = [];
+  for (const { point, i } of order) {
+    const width = point.format.length * PLOT.font * 0.6;
+    const places = Array.from({ length: PLOT.height }, (_, step) => {
+      const shift = (step % 2 === 1 ? -1 : 1) * Math.ceil(step / 2) * 2;
+      // Labels far up or down stand further out, so that the lines to them are told apart.
+      const out = 7 + Math.abs(shift) / 4;
+      return (["left", "right"] as const).map((align) => {
+        const [labelX, labelY] = [point.x + (align === "left" ? out : -out), point.y + shift];
+        const left = align === "left" ? labelX : labelX - width;
+        return { labelX, labelY, align, box: { left, right: left + width, top: labelY - half, bottom: labelY + half } };
+      });
+    }).flat();
+    const free = places.find(
+      ({ box }) =>
+        box.left >= 0 &&
+        box.top >= 0 &&
+        box.bottom <= PLOT.height &&
+        taken.every(
+          (other) =>
+            other.left > box.right || other.right < box.left || other.top > box.bottom || other.bottom < box.top,
+        ),
+    );
+    const { box, ...label } = free ?? (places[0] as (typeof places)[number]);
+    taken.push(box);
+    labels[i] = label;
   }
-  return points.map((point) => shifts.get(point) as number);
+  return labels;
 }

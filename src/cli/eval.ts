@@ -1,4 +1,5 @@
 import { createHash } from "node:crypto";
+import { renameSync, writeFileSync } from "node:fs";
 import { mkdir, readFile, writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { Command, Option } from "commander";
@@ -7,13 +8,13 @@ import type { AttentionMode } from "../models/attention.js";
 import { evaluatePerplexity, type WindowLoss } from "../models/evaluate.js";
 import { ACCURACY_NAMES } from "../quantize/names.js";
 import type { Device } from "../runtime/device.js";
-import { type AccuracyRow, accuracyCsv, accuracySvg, accuracyText } from "./accuracy.js";
+import { type AccuracyRow, accuracyCsv, accuracyLines, accuracySvg } from "./accuracy.js";
 import { quantizeSelection } from "./autoquant.js";
 import { attentionOption, backendOption, examples, integer, kvOption, openDevice, quantizeName } from "./options.js";
 import { bundledModel, bundledText, shortPath } from "./package.js";
 import { describeDevice } from "./report.js";
 import { modelSource } from "./source.js";
-import { type Cli, printJson, progressLine } from "./terminal.js";
+import { type Cli, count, printJson, progressLine, showDuration } from "./terminal.js";
 
 interface EvalOptions {
   readonly text?: string;
@@ -71,15 +72,35 @@ function quantizeNames(text: string): readonly string[] {
 const planOrName = (name: string) => (name.endsWith(".json") ? name : quantizeName(name));
 
 async function evaluate(cli: Cli, path: string, options: EvalOptions): Promise<void> {
+  const { context, stride, windows, kv, attention } = options;
   const textPath = options.text ?? bundledText();
   const text = await readText(textPath);
   await using device = await openDevice(options.backend, cli.signal);
-  const rows: AccuracyRow[] = [];
+  const settings = { context, stride: stride ?? null, kv, attention };
+  const of = { model: path, text: sha256(text), device: device.info.name };
+  // Opened before anything is computed: a folder of another evaluation is refused at once.
+  const works: Work[] = [];
+  for (const quantize of options.quantize) {
+    works.push(await openWork(options.work, quantize, { ...of, quantize, ...settings }));
+  }
+  const known = works.reduce((sum, { losses }) => sum + losses.length, 0);
+  if (known > 0 && !cli.json) cli.err.write(`going on after ${count(known, "window")} in ${options.work}\n`);
+  const lines = accuracyLines(options.quantize);
+  const say = (text: string) => cli.json || cli.out.write(text);
   const line = progressLine(cli);
+  const rows: AccuracyRow[] = [];
   try {
-    for (const quantize of options.quantize) {
-      rows.push(withDelta(await evaluateOne(cli, device, path, text, quantize, options, line.show), rows));
+    say(lines.head);
+    for await (const row of evaluateAll(cli, device, path, text, works, options, line.show)) {
+      rows.push(withDelta(row, rows));
+      line.clear();
+      say(lines.line(rows.at(-1) as AccuracyRow));
     }
+  } catch (error) {
+    if (options.work === undefined || !(error instanceof FewbitError) || error.code !== "operation/aborted")
+      throw error;
+    const hint = `every window so far is in ${options.work}: the same command goes on after them`;
+    throw new FewbitError(error.code, error.context, { cause: error, hint });
   } finally {
     line.clear();
   }
@@ -87,63 +108,59 @@ async function evaluate(cli: Cli, path: string, options: EvalOptions): Promise<v
   if (options.svg !== undefined) {
     await writeFile(options.svg, await accuracySvg(rows, `${shortPath(path)}: size and perplexity`));
   }
-  if (!cli.json) return cli.out.write(accuracyText(rows));
-  const { context, stride, windows, kv, attention } = options;
+  if (!cli.json) return;
   printJson(cli.out, {
     command: "eval",
     device: describeDevice(device),
     model: shortPath(path),
-    text: { path: shortPath(textPath), sha256: sha256(text) },
-    settings: { context, stride: stride ?? null, windows: windows ?? null, kv, attention },
+    text: { path: shortPath(textPath), sha256: of.text },
+    settings: { ...settings, windows: windows ?? null },
     rows,
   });
 }
 
-async function evaluateOne(
+/** Rows in the order of the names, each as soon as it is known. */
+async function* evaluateAll(
   cli: Cli,
   device: Device,
   path: string,
   text: string,
-  quantize: string,
+  works: readonly Work[],
   options: EvalOptions,
   show: (text: string, must?: boolean) => void,
-): Promise<AccuracyRow> {
+): AsyncGenerator<AccuracyRow> {
   const { context, stride, windows: limit, kv, attention } = options;
-  const work = await openWork(options.work, quantize, {
-    model: path,
-    text: sha256(text),
-    device: device.info.name,
-    quantize,
-    context,
-    stride: stride ?? null,
-    kv,
-    attention,
-  });
-  show(`${quantize}: loading`, true);
-  try {
-    const { perplexity, nll, weightBytes, tokensPerSecond, windows } = await evaluatePerplexity(path, text, {
-      device,
-      quantize: await quantizeSelection(quantize),
-      context,
-      kv,
-      attention,
-      source: modelSource(cli, {}),
-      done: work.losses,
-      signal: cli.signal,
-      ...(stride !== undefined && { stride }),
-      ...(limit !== undefined && { limit }),
-      onWindow: (loss, index, count) => {
-        work.add(loss);
-        show(`${quantize}: window ${index + 1} of ${count}`);
-      },
-    });
-    return { quantize, result: { perplexity, nll, delta: null, weightBytes, tokensPerSecond, windows } };
-  } catch (error) {
-    const refused = error instanceof FewbitError && error.code === "quantize/layer" && options.quantize.length > 1;
-    if (!refused) throw error;
-    return { quantize, refused: error.message };
-  } finally {
-    await work.save();
+  const begun = performance.now();
+  let ran = 0;
+  for (const [i, { quantize, losses, add }] of works.entries()) {
+    const which = works.length === 1 ? quantize : `${quantize} (${i + 1} of ${works.length})`;
+    show(`${which}: loading`, true);
+    try {
+      const { perplexity, nll, weightBytes, tokensPerSecond, windows } = await evaluatePerplexity(path, text, {
+        device,
+        quantize: await quantizeSelection(quantize),
+        context,
+        kv,
+        attention,
+        source: modelSource(cli, {}),
+        done: losses,
+        signal: cli.signal,
+        ...(stride !== undefined && { stride }),
+        ...(limit !== undefined && { limit }),
+        onWindow: (loss, index, count) => {
+          add(loss);
+          ran++;
+          const later = works.slice(i + 1).reduce((sum, work) => sum + Math.max(0, count - work.losses.length), 0);
+          const seconds = ((performance.now() - begun) / 1000 / ran) * (count - index - 1 + later);
+          show(`${which}: window ${index + 1} of ${count}, ${showDuration(seconds)} left`);
+        },
+      });
+      yield { quantize, result: { perplexity, nll, delta: null, weightBytes, tokensPerSecond, windows } };
+    } catch (error) {
+      const refused = error instanceof FewbitError && error.code === "quantize/layer" && works.length > 1;
+      if (!refused) throw error;
+      yield { quantize, refused: error.message };
+    }
   }
 }
 
@@ -153,21 +170,33 @@ function withDelta(row: AccuracyRow, earlier: readonly AccuracyRow[]): AccuracyR
   return { ...row, result: { ...row.result, delta: row.result.perplexity - plain.perplexity } };
 }
 
+/** One row of an evaluation that can go on where it was stopped. */
+interface Work {
+  readonly quantize: string;
+  /** What an earlier run left. */
+  readonly losses: readonly WindowLoss[];
+  /** Keeps the loss of the next window, on disk when it returns. */
+  readonly add: (loss: WindowLoss) => void;
+}
+
 /** The losses that an earlier run of the same evaluation left in the folder. Throws `io/malformed` for those of another one. */
-async function openWork(folder: string | undefined, name: string, settings: Readonly<Record<string, unknown>>) {
-  const path = folder === undefined ? undefined : join(folder, `${basename(name, ".json")}.json`);
-  const known = path === undefined ? undefined : await readWork(path, settings);
-  const losses: WindowLoss[] = known ?? [];
-  const added = losses.slice();
-  return {
-    losses: losses as readonly WindowLoss[],
-    add: (loss: WindowLoss) => void added.push(loss),
-    save: async () => {
-      if (folder === undefined || path === undefined || added.length === losses.length) return;
-      await mkdir(folder, { recursive: true });
-      await writeFile(path, JSON.stringify({ settings, losses: added }));
-    },
+async function openWork(
+  folder: string | undefined,
+  quantize: string,
+  settings: Readonly<Record<string, unknown>>,
+): Promise<Work> {
+  if (folder === undefined) return { quantize, losses: [], add: () => {} };
+  const path = join(folder, `${basename(quantize, ".json")}.json`);
+  await mkdir(folder, { recursive: true });
+  const losses = await readWork(path, settings);
+  const all = losses.slice();
+  const add = (loss: WindowLoss) => {
+    all.push(loss);
+    // A process that is killed leaves the old file or the new one.
+    writeFileSync(`${path}.part`, JSON.stringify({ settings, losses: all }));
+    renameSync(`${path}.part`, path);
   };
+  return { quantize, losses, add };
 }
 
 async function readWork(path: string, settings: Readonly<Record<string, unknown>>): Promise<WindowLoss[]> {

@@ -132,6 +132,13 @@ export function showSeconds(seconds: number): string {
   return seconds < 1 ? `${(seconds * 1e3).toFixed(1)} ms` : `${seconds.toFixed(2)} s`;
 }
 
+/** How long something still takes, e.g. `45 s`, `12 min`, `1 h 40 min`. */
+export function showDuration(seconds: number): string {
+  if (seconds < 90) return `${Math.ceil(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
 /** e.g. `1,024 tokens`, `1 token`. */
 export function count(value: number, unit: string): string {
   return `${value.toLocaleString("en-US")} ${unit}${value === 1 ? "" : "s"}`;

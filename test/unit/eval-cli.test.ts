@@ -1,9 +1,10 @@
-import { execFile } from "node:child_process";
+import { execFile, spawn } from "node:child_process";
+import { once } from "node:events";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { accuracyCsv, accuracySvg, accuracyText } from "../../src/cli/accuracy.js";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import { accuracyCsv, accuracyLines, accuracySvg } from "../../src/cli/accuracy.js";
 import { ACCURACY_NAMES, parseQuantizeName } from "../../src/quantize/names.js";
 import { Built } from "../setup/built.js";
 import { tinyModel } from "../support/tiny-model.js";
@@ -21,7 +22,8 @@ const rows = [
 
 describe("an accuracy table", () => {
   test("as text has one line a row, in columns", () => {
-    const lines = accuracyText(rows).trimEnd().split("\n");
+    const { head, line } = accuracyLines(rows.map(({ quantize }) => quantize));
+    const lines = [head, ...rows.map(line)].map((each) => each.trimEnd());
     expect(lines[1]).toMatch(/^none +17\.5000 +\+0\.0000 +13\.6 MB +12$/);
     expect(new Set(lines.slice(0, 4).map((line) => line.indexOf("MB"))).size).toBeLessThanOrEqual(2);
     expect(lines[4]).toMatch(/^nf4-64 +- +K = 7/);
@@ -35,17 +37,33 @@ describe("an accuracy table", () => {
     expect(end).toBe("");
   });
 
-  test("as SVG has a point and a label a row, and no label on another", async () => {
-    const svg = await accuracySvg(rows, "title & more");
+  test("as SVG has a point and a label a row, and no label lies on another or outside", async () => {
+    const text = await readFile("bench/results/2026-11-22-accuracy.jsonl", "utf8");
+    const measured = text
+      .trimEnd()
+      .split("\n")
+      .map((line) => JSON.parse(line) as { backend: string; quantize: string; perplexity: number; weightBytes: number })
+      .filter(({ backend, quantize }) => backend === "webgpu" && ACCURACY_NAMES.includes(quantize))
+      .map(({ quantize, perplexity, weightBytes }) => row(quantize, perplexity, weightBytes));
+    const svg = await accuracySvg([...measured, rows[3] as (typeof rows)[3]], "title & more");
     expect(svg).toMatch(/^<svg /);
     expect(svg).toContain("title &amp; more");
-    expect(svg).not.toContain("nf4-64");
-    const places = ["int4wo-64", "int4wo-32"].map((name) => {
-      const [, x, y] = new RegExp(`translate\\(([\\d.]+),([\\d.]+)\\)"[^>]*>${name}<`).exec(svg) ?? [];
-      return [Number(x), Number(y)] as const;
+    expect(svg).not.toContain("K = 7");
+    // Letters of a sans-serif font of 9 px are less than 0.6 of it wide on average.
+    const boxes = measured.map(({ quantize }) => {
+      const label = new RegExp(`text-anchor="(\\w+)" transform="translate\\(([\\d.]+),([\\d.]+)\\)"[^>]*>${quantize}<`);
+      const [, anchor, x, y] = label.exec(svg) ?? [];
+      const width = quantize.length * 9 * 0.6;
+      const left = anchor === "end" ? Number(x) - width : Number(x);
+      return { quantize, left, right: left + width, y: Number(y) };
     });
-    expect(places.flat().every(Number.isFinite)).toBe(true);
-    expect(Math.abs((places[0]?.[1] as number) - (places[1]?.[1] as number))).toBeGreaterThanOrEqual(9);
+    for (const [i, a] of boxes.entries()) {
+      expect([a.left >= 0, a.y >= 0, a.y <= 720], a.quantize).toEqual([true, true, true]);
+      for (const b of boxes.slice(0, i)) {
+        const apart = a.right < b.left || b.right < a.left || Math.abs(a.y - b.y) >= 9;
+        expect(apart, `${a.quantize} and ${b.quantize}`).toBe(true);
+      }
+    }
   });
 
   test("of all names holds every row that torchao was measured with", async () => {
@@ -120,6 +138,33 @@ describe("fewbit eval", () => {
       "--json",
     );
     expect([other.code, JSON.parse(other.stdout).error.code]).toEqual([1, "io/malformed"]);
+  }, 120_000);
+
+  test("Ctrl-C keeps every window, and the same command goes on after them", async () => {
+    const text = "Call me Ishmael. Some years ago, never mind how long precisely. ".repeat(400);
+    await writeFile(join(work, "long.txt"), text);
+    const args = ["eval", ".", "--text", "long.txt", "--context", "16", "-q", "int8wo", "--work", "stopped"];
+    const file = join(work, "stopped/int8wo.json");
+    const command = [join(built.folder, "cli/main.js"), ...args, "--backend", "reference"];
+    const child = spawn(process.execPath, command, { cwd: work, stdio: ["ignore", "ignore", "pipe"] });
+    let stderr = "";
+    child.stderr.on("data", (data) => {
+      stderr += data;
+    });
+    const closed = once(child, "close");
+    await vi.waitFor(() => readFile(file), { timeout: 60_000, interval: 20 });
+    child.kill("SIGINT");
+    const [code] = await closed;
+    expect(code).toBe(130);
+    expect(stderr).toMatch(/every window so far is in stopped/);
+    const { losses } = JSON.parse(await readFile(file, "utf8"));
+    const more = await fewbit(...args, "--windows", String(losses.length + 1));
+    expect([more.code, more.stderr]).toEqual([
+      0,
+      `going on after ${losses.length.toLocaleString("en-US")} window${losses.length === 1 ? "" : "s"} in stopped\n`,
+    ]);
+    const after = JSON.parse(await readFile(file, "utf8")).losses;
+    expect([after.length, after.slice(0, -1)]).toEqual([losses.length + 1, losses]);
   }, 120_000);
 
   test("runs a plan of fewbit autoquant", async () => {
