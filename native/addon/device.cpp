@@ -31,6 +31,7 @@ Device::Device(int index, Notify notify) : index_(index), notify_(std::move(noti
   context_.major = properties.major;
   context_.minor = properties.minor;
   context_.sharedPerBlock = properties.sharedMemPerBlockOptin;
+  context_.overlaps = waitsForPredecessors();
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   if (properties.memoryPoolsSupported) {
     cudaMemPoolProps pool = {};

@@ -165,6 +165,8 @@ class Device {
 };
 
 /** Fills 32-bit words; fill.cu. */
+/** Whether the addon's code for the current device was made for compute capability 9 or more, as overlapped launches need. */
+bool waitsForPredecessors();
 cudaError_t fillWords(uint32_t* words, uint64_t count, uint32_t value, cudaStream_t stream);
 
 }  // namespace fewbit

@@ -18,6 +18,11 @@ cudaError_t fillWords(uint32_t* words, uint64_t count, uint32_t value, cudaStrea
   return cudaGetLastError();
 }
 
+bool waitsForPredecessors() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, fill) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 namespace {
 /** buffers: words; args: the first word, count, value. The offset is not checked: tests of the machinery misuse it. */
 cudaError_t runFill(const Launch& launch) {

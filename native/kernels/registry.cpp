@@ -16,8 +16,13 @@
   TABLE(SdpaDecode)        \
   TABLE(SdpaPrefill16)     \
   TABLE(SdpaPrefill8)      \
+  TABLE(SdpaPrefillScaled) \
   TABLE(Conv)              \
-  TABLE(Sample)
+  TABLE(Sample)            \
+  TABLE(RowsNorm)          \
+  TABLE(RowsQuantize)      \
+  TABLE(RowsRope)          \
+  TABLE(RowsSample)
 
 namespace fewbit {
 

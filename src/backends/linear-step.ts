@@ -23,6 +23,8 @@ export interface LinearStep {
   /** The format without scales to which `out` is rounded when it is stored; null: `out` is dense float32. */
   readonly rounds: Format | null;
   readonly k: number;
+  /** Whether every linear of the step declares short sums. */
+  readonly fastAccum: boolean;
 }
 
 export function linearStep(bound: BoundStep): LinearStep {
@@ -57,5 +59,6 @@ export function linearStep(bound: BoundStep): LinearStep {
     out: outputs[0] as ValueId,
     rounds: quantize?.attrs.format ?? null,
     k: bound.shape(x).at(-1) as number,
+    fastAccum: linears.every(({ attrs }) => attrs.fastAccum === true),
   };
 }

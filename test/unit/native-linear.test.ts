@@ -1,8 +1,7 @@
 import { describe, expect, test } from "vitest";
-import { cudaCapabilities, H100 } from "../../src/backends/native/capabilities.js";
+import { cudaCapabilities, H100, TRIALS, trialFeatures } from "../../src/backends/native/capabilities.js";
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
-import { SHORT_FLOAT8_SUMS } from "../../src/backends/native/kernels/linear-gemm.js";
 import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
 import { storedLayout } from "../../src/backends/stored-layout.js";
 import { codecVector, type Format, formatKey, withScale } from "../../src/formats/format.js";
@@ -13,7 +12,7 @@ import { makePlan, type Plan } from "../../src/plan/plan.js";
 import type { Choice } from "../../src/plan/select.js";
 import { BoundStep } from "../../src/plan/step.js";
 
-const hopper = cudaCapabilities(H100, ["cublaslt"]);
+const hopper = cudaCapabilities(H100, ["cublaslt", TRIALS.wgmma]);
 const kernels = [...LINEAR_KERNELS, ...GENERAL_KERNELS];
 const [N, K] = [512, 1024];
 
@@ -26,16 +25,17 @@ interface Case {
   readonly bias?: boolean;
   readonly n?: number;
   readonly k?: number;
+  readonly fastAccum?: boolean;
 }
 
 function plan(made: Case, on = hopper): Plan {
-  const { weight, x, rows = 1, gated = false, residual = false, bias = false, n = N, k = K } = made;
+  const { weight, x, rows = 1, gated = false, residual = false, bias = false, n = N, k = K, fastAccum = false } = made;
   const g = new GraphBuilder({});
   const input = x === undefined ? g.input("x", dense("f32", [rows, k])) : g.state("x", stored(x, [rows, k]));
   const linear = (name: string) => {
     const operands = [input, g.weight(`${name}.weight`, stored(weight, [n, k]))];
     if (bias) operands.push(g.weight(`${name}.bias`, dense("f32", [n])));
-    return g.one("linear", operands, {}, name);
+    return g.one("linear", operands, fastAccum ? { fastAccum } : {}, name);
   };
   let y = linear("gate");
   if (gated) y = g.one("binary", [g.one("unary", [y], { fn: "silu" }, "act"), linear("up")], { fn: "mul" }, "product");
@@ -46,8 +46,10 @@ function plan(made: Case, on = hopper): Plan {
 
 const chosen = (made: Plan) => made.buckets[0]?.choices[0] as Choice<NativeKernel>;
 
+const stepOf = (made: Plan) => new BoundStep(made.graph, made.steps[0] as Plan["steps"][number], {});
+
 function dispatchOf(made: Plan, on = hopper): NativeDispatch {
-  const bound = new BoundStep(made.graph, made.steps[0] as Plan["steps"][number], {});
+  const bound = stepOf(made);
   const [dispatch] = chosen(made).kernel.build(new BuildContext(bound, made.memory, on, {}));
   return dispatch as NativeDispatch;
 }
@@ -82,12 +84,12 @@ function parse({ args, bindings, entry }: NativeDispatch) {
   skip(4); // bits, half, stride, offset
   const table = buffer();
   const x = { table, scale: blocks(), outer: blocks(), zero: blocks(), rows: [take(), take()] };
-  const fn = take();
+  const [fn, rounding] = [take(), take()];
   const [out, residual, biases] = [strided(), strided(), [buffer(), buffer()]];
   const rest = args.slice(at, -1);
   const scratch = args.at(-1) as number;
   expect(rest.length).toBe(entry.name === "linear/skinny" ? 5 : 6);
-  return { kind, parts, n, k, rowBytes, weights, x, fn, out, residual, biases, rest, scratch };
+  return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch };
 }
 
 const activations = { dense: undefined, bf16: FORMATS.bf16, int8: FORMATS.int8, float8: FORMATS.float8_e4m3 } as const;
@@ -136,15 +138,35 @@ describe("linear on CUDA", () => {
       expect(id({ weight, ...big })).toBe("cuda/linear/skinny");
     const many = { rows: 4096, x: FORMATS.bf16, ...big };
     expect(id({ weight: FORMATS.bf16, ...many })).toBe("cuda/linear/cublaslt");
-    expect(id({ weight: FORMATS.int8, ...many })).toBe("cuda/linear/cublaslt_bf16");
-    expect(id({ weight: FORMATS.nvfp4, ...many })).toBe("cuda/linear/cublaslt_bf16");
+    expect(id({ weight: FORMATS.int8, ...many })).toBe("cuda/linear/wgmma_bf16");
+    expect(id({ weight: FORMATS.nvfp4, ...many })).toBe("cuda/linear/wgmma_bf16");
     // Seven times a bf16 has 11 significant bits: too many for bf16, exact in f16.
-    expect(id({ weight: FORMATS.int4_plain, ...many })).toBe("cuda/linear/cublaslt_f16");
+    expect(id({ weight: FORMATS.int4_plain, ...many })).toBe("cuda/linear/wgmma_f16");
     expect(id({ weight: FORMATS.int4_int_zero, ...many })).toBe("cuda/linear/cublaslt_bf16_split");
     // Its zero point may be any byte, so the row's largest value is not known from its scales.
     expect(id({ weight: FORMATS.uint2, ...many })).toBe("cuda/linear/cublaslt_bf16_split");
-    expect(id({ weight: FORMATS.int8, ...many, x: FORMATS.int8 })).toBe("cuda/linear/cublaslt");
+    expect(id({ weight: FORMATS.int8, ...many, x: FORMATS.int8 })).toBe("cuda/linear/wgmma");
     expect(id({ weight: FORMATS.int4_symmetric, ...many, x: FORMATS.int8 })).toMatch(/general|plain/);
+  });
+
+  test("the library multiplies what it stores itself; other results are finished where their sums are", () => {
+    const many = { weight: FORMATS.bf16, x: FORMATS.bf16, rows: 4096, ...big };
+    expect(id({ ...many, residual: true })).toBe("cuda/linear/cublaslt");
+    for (const more of [{ gated: true }, { bias: true }]) expect(id({ ...many, ...more })).toBe("cuda/linear/wgmma");
+    const ada = cudaCapabilities({ ...H100, name: "NVIDIA L40S", major: 8, minor: 9 }, ["cublaslt"]);
+    expect(id({ ...many, gated: true }, ada)).toBe("cuda/linear/cublaslt_finish");
+    // Such products need no memory for their sums.
+    const made = plan({ ...many, gated: true });
+    expect(chosen(made).kernel.scratch?.(stepOf(made), hopper)).toBeLessThan(4096 * 16);
+  });
+
+  test("kernels on trial are chosen only where the environment names them, and say so", () => {
+    const made = { weight: FORMATS.bf16, x: FORMATS.bf16, rows: 4096, gated: true, ...big };
+    const { kernel, rejected } = chosen(plan(made, cudaCapabilities(H100, ["cublaslt"]))).explanation;
+    expect(kernel).toBe("cuda/linear/cublaslt_finish");
+    expect(rejected.find((row) => row.id === "cuda/linear/wgmma")?.reason).toContain("FEWBIT_CUDA_TRIAL=wgmma");
+    expect(trialFeatures("other,wgmma")).toEqual([TRIALS.wgmma]);
+    expect(trialFeatures()).toEqual([]);
   });
 
   test("float32 activations are split, never rounded", () => {
@@ -155,12 +177,13 @@ describe("linear on CUDA", () => {
     expect(parse(dispatchOf(plan({ weight: FORMATS.bf16 }))).rest.slice(-2)).toEqual([0, 3]);
   });
 
-  test("float8 tensor cores, whose sums are short, are used only where a device was opened so", () => {
+  test("float8 tensor cores, whose sums are short, are used only where the linear declares such sums", () => {
     const made = { weight: FORMATS.float8_e4m3, x: FORMATS.float8_e4m3, rows: 4096, ...big };
     const refused = chosen(plan(made)).explanation;
-    expect(refused.kernel).toBe("cuda/linear/cublaslt_bf16");
-    expect(refused.rejected.find((row) => row.id === "cuda/linear/cublaslt")?.reason).toContain("14 bits");
-    expect(id(made, cudaCapabilities(H100, ["cublaslt", SHORT_FLOAT8_SUMS]))).toBe("cuda/linear/cublaslt");
+    expect(refused.kernel).toBe("cuda/linear/wgmma_bf16");
+    for (const row of ["cuda/linear/wgmma", "cuda/linear/cublaslt_finish"])
+      expect(refused.rejected.find(({ id }) => id === row)?.reason).toContain("14 bits");
+    expect(id({ ...made, fastAccum: true })).toBe("cuda/linear/cublaslt");
   });
 
   test("a device with little shared memory has no room for rings of weights", () => {
@@ -171,9 +194,11 @@ describe("linear on CUDA", () => {
   });
 
   test("without the library everything still has a kernel", () => {
-    const on = cudaCapabilities(H100);
+    const on = cudaCapabilities(H100, [TRIALS.wgmma]);
     const { kernel, rejected } = chosen(plan({ weight: FORMATS.bf16, x: FORMATS.bf16, rows: 512 }, on)).explanation;
-    expect(kernel).toMatch(/^cuda\/linear\/(general|plain)/);
+    expect(kernel).toBe("cuda/linear/wgmma");
     expect(rejected.find((row) => row.id === "cuda/linear/cublaslt")?.reason).toContain("no cuBLASLt");
+    const ada = cudaCapabilities({ ...H100, name: "NVIDIA L40S", major: 8, minor: 9 });
+    expect(id({ weight: FORMATS.bf16, x: FORMATS.bf16, rows: 512 }, ada)).toMatch(/^cuda\/linear\/(general|plain)/);
   });
 });

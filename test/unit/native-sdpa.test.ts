@@ -3,6 +3,7 @@ import { cudaCapabilities, H100 } from "../../src/backends/native/capabilities.j
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { SDPA_GENERAL_KERNELS } from "../../src/backends/native/kernels/general-sdpa.js";
 import { SDPA_KERNELS } from "../../src/backends/native/kernels/sdpa-table.js";
+import { NATIVE_KERNELS } from "../../src/backends/native/kernels/table.js";
 import { type Format, withScale } from "../../src/formats/format.js";
 import { CODECS, FORMATS } from "../../src/formats/table.js";
 import { type Dim, dense, GraphBuilder, stored, type TensorType } from "../../src/ir/graph.js";
@@ -95,7 +96,7 @@ describe("attention kernels of the native backend", () => {
   });
 
   test("prompts take Hopper's matrix units, in the number of parts that their rounding declares", () => {
-    // Args after the twelve that both entries share: parts of queries, parts of probabilities.
+    // Args after the thirteen that all entries share: parts of queries, parts of probabilities.
     for (const [given, parts] of [
       [{ ...prompt16, q: bf16Queries, attrs: { probabilities: BF16 } }, [1, 1]],
       [{ ...prompt16, q: bf16Queries }, [1, 3]],
@@ -105,10 +106,83 @@ describe("attention kernels of the native backend", () => {
       const made = plan(given);
       expect(chosen(made)?.kernel.id).toBe("cuda/sdpa/prefill_bf16");
       const { args, bindings } = built(made);
-      expect(args.slice(12, 14)).toEqual(parts);
-      expect(bindings.some(({ kind }) => kind === "scratch")).toBe(parts[0] === 3);
+      expect(args.slice(13, 15)).toEqual(parts);
+      expect(bindings.some(({ kind }) => kind === "scratch")).toBe(false);
     }
     expect(chosen(plan(float8))?.kernel.id).toBe("cuda/sdpa/prefill_float8");
+  });
+
+  test("prompts over caches of 8-bit codes take them too, with room for the codes and scales that they make bf16 and float32", () => {
+    const eight = stored(kvFormat("float8"), [512, HEADS, 128]);
+    // Args after the thirteen: bits of query elements, parts of probabilities, stride and column, whether codes are e4m3.
+    for (const [given, expected] of [
+      [{ ...prompt16, kv: kvFormat("int8") }, [32, 3, HEADS * 128, 0, 0]],
+      [{ ...prompt16, kv: kvFormat("float8") }, [32, 3, HEADS * 128, 0, 1]],
+      [
+        { ...prompt16, q: bf16Queries, kv: kvFormat("int8"), attrs: { probabilities: BF16 } },
+        [16, 1, HEADS * 128, 0, 0],
+      ],
+      [
+        { ...prompt16, q: eight, kv: kvFormat("float8"), attrs: { probabilities: FLOAT8_PROBABILITIES } },
+        [8, 1, HEADS * 128, 0, 1],
+      ],
+    ] as const) {
+      const made = plan(given);
+      expect(chosen(made)?.kernel.id).toBe("cuda/sdpa/prefill_scaled");
+      expect(built(made).args.slice(13, 18)).toEqual(expected);
+      expect(made.bytes.scratch).toBeGreaterThanOrEqual(2 * KV_HEADS * 512 * (128 * 2 + 4));
+    }
+    const int4 = chosen(plan({ ...prompt16, kv: kvFormat("int4") }))?.explanation.rejected;
+    expect(int4?.find(({ id }) => id === "cuda/sdpa/prefill_scaled")?.reason).toContain("int8 or e4m3");
+  });
+
+  test("keys before the position are read early only where no step of the run writes them", () => {
+    const early = (change: "nothing" | "write" | "other position" | "dense") => {
+      const g = new GraphBuilder({ T: 1, past: 100, other: 3 });
+      const cache = stored(FORMATS.bf16, [KV_HEADS, 200, 128]);
+      const x = g.input("x", dense("f32", ["T", KV_HEADS * 128]));
+      const written = (name: string) => {
+        if (change === "dense") return g.input(name, dense("f32", [KV_HEADS, 200, 128]));
+        const state = g.state(name, cache);
+        if (change === "nothing") return state;
+        return g.one("kv_write", [state, x], { position: change === "write" ? "past" : "other" }, `${name}.write`);
+      };
+      const q = g.input("q", dense("f32", ["T", HEADS * 128]));
+      const attrs = { heads: HEADS, kvHeads: KV_HEADS, scale: 0.1, causal: true, position: "past" };
+      const y = g.one("sdpa", [q, written("k"), written("v")], attrs, "sdpa");
+      g.output("y", y);
+      const graph = g.build();
+      const node = graph.nodes.find(({ op }) => op === "sdpa") as (typeof graph.nodes)[number];
+      const bound = new BoundStep(
+        graph,
+        { id: 0, kind: "sdpa", nodes: [node], inputs: [...node.inputs], outputs: [y] },
+        graph.symbols,
+      );
+      const memory = { slots: [], slotOf: new Map(), live: new Map(), placement: new Map() };
+      const row = SDPA_KERNELS.find(({ id }) => id === "cuda/sdpa/decode") as NativeKernel;
+      return row.build(new BuildContext(bound, memory, hopper, graph.symbols))[0]?.args.at(-1);
+    };
+    expect([early("nothing"), early("write")]).toEqual([1, 1]);
+    expect([early("other position"), early("dense")]).toEqual([0, 0]);
+  });
+
+  test("a result that is rounded to bf16 is stored so by the kernel of every bucket, other formats by a step of their own", () => {
+    const rounded = (format: Format, on = hopper) => {
+      const g = new GraphBuilder({ T: 512, past: 1000 });
+      const cache = stored(FORMATS.bf16, [KV_HEADS, 1512, 128]);
+      const q = g.input("q", dense("f32", ["T", HEADS * 128]));
+      const attrs = { heads: HEADS, kvHeads: KV_HEADS, scale: 0.1, causal: true, position: "past" };
+      const y = g.one("sdpa", [q, g.state("k", cache), g.state("v", cache)], attrs, "sdpa");
+      g.output("y", g.one("quantize", [y], { format }, "rounded"));
+      return makePlan(g.build(), { kernels: NATIVE_KERNELS, capabilities: on }, { buckets: [{ T: 1, past: 1000 }] });
+    };
+    const made = rounded(FORMATS.bf16);
+    expect(made.steps.map(({ fusion }) => fusion)).toEqual(["sdpa+quantize"]);
+    expect(made.buckets.map(({ choices }) => choices[0]?.kernel.id)).toEqual([
+      "cuda/sdpa/decode",
+      "cuda/sdpa/prefill_bf16",
+    ]);
+    expect(rounded(FORMATS.f16).steps).toHaveLength(2);
   });
 
   test("prompts that they do not do name why", () => {
@@ -133,10 +207,10 @@ describe("attention kernels of the native backend", () => {
 
   test("few keys join in a cluster without scratch; otherwise there is room for every split of every row", () => {
     const splitsOf = (made: Plan, on = hopper) => built(made, on).args[29] as number;
-    const short = plan({ keys: 8192 });
+    const short = plan({ keys: 4096 });
     expect([splitsOf(short), short.bytes.scratch]).toEqual([0, 0]);
     for (const [made, on, rows] of [
-      [plan({ keys: 8193 }), hopper, 4],
+      [plan({ keys: 4097 }), hopper, 4],
       [plan({ keys: 100 }, ampere), ampere, 4],
       [plan({ keys: 100_000, tokens: 7 }), hopper, 28],
     ] as const) {

@@ -33,6 +33,7 @@ struct CublasLt {
     kTransB = 4,
     kScalePointerA = 17,
     kScalePointerB = 18,
+    kFastAccum = 25,
     kScaleModeA = 31,
     kScaleModeB = 32,
   };

@@ -7,7 +7,8 @@ namespace fewbit {
 /**
  * Enqueues a kernel whose blocks may start while its predecessor in the stream still runs; graphs keep the edge. Every block of it
  * calls `awaitPredecessor` before it reads or writes what another kernel of the program writes or reads, and before it ends: the
- * kernels after it rely on that. Weights, constants and symbols may be read before. Below compute capability 9 an ordinary launch.
+ * kernels after it rely on that. Weights, constants and symbols may be read before. An ordinary launch where the code that runs is that
+ * of a compute capability below 9, which has no such waiting.
  */
 template <class... Params, class... Args>
 cudaError_t launchOverlapped(const Launch& launch, void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
@@ -21,7 +22,7 @@ cudaError_t launchOverlapped(const Launch& launch, void (*kernel)(Params...), di
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = launch.context->major >= 9 ? 1 : 0;
+  config.numAttrs = launch.context->overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 

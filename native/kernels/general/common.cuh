@@ -22,6 +22,21 @@ inline Columns columns(Args& args) {
   return Columns{stride, args.next()};
 }
 
+/** Four neighbouring numbers; `aligned` says whether they start on 16 bytes. */
+__device__ inline float4 loadFour(const float* at, bool aligned) {
+  if (aligned) return *reinterpret_cast<const float4*>(at);
+  return make_float4(at[0], at[1], at[2], at[3]);
+}
+__device__ inline void storeFour(float* at, bool aligned, float4 x) {
+  if (aligned) {
+    *reinterpret_cast<float4*>(at) = x;
+  } else {
+    at[0] = x.x, at[1] = x.y, at[2] = x.z, at[3] = x.w;
+  }
+}
+/** Whether fours of every row of an operand start on 16 bytes, as its buffer does. */
+inline bool inFours(const Columns& columns) { return columns.stride % 4 == 0 && columns.column % 4 == 0; }
+
 enum class Unary : int { relu, gelu, gelu_tanh, silu, sigmoid, softcap };
 
 // A call: inlined into unrolled epilogues it would be most of their code.

@@ -1,5 +1,6 @@
 // conv2d: a warp an output pixel; weights of any format are decoded where they are used.
 #include "common.cuh"
+#include "fewbit/overlap.cuh"
 
 namespace fewbit::general {
 namespace {
@@ -17,6 +18,8 @@ struct Conv {
 };
 
 __global__ void conv(const Conv c, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   const i64 pixel = blockIdx.x * static_cast<i64>(blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   const i64 area = static_cast<i64>(c.outHeight) * c.outWidth;
@@ -53,8 +56,7 @@ cudaError_t runConv(const Launch& launch) {
     *field = args.integer();
   const i64 pixels = c.images.at(launch.symbols) * c.features * c.outHeight * c.outWidth;
   if (pixels == 0) return cudaSuccess;
-  conv<<<static_cast<unsigned>((pixels + 7) / 8), 8 * kWarp, 0, launch.stream>>>(c, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, conv, static_cast<unsigned>((pixels + 7) / 8), 8 * kWarp, 0, c, launch.deviceSymbols);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // linear and moe_linear for any formats of x and the weights. `gemv` reads weights once for a few rows of x, `tile` goes through
 // shared memory for many, `plain` takes formats whose blocks or table entries fit neither.
 #include "eight.cuh"
+#include "fewbit/overlap.cuh"
 
 namespace fewbit::general {
 namespace {
@@ -97,6 +98,8 @@ struct alignas(16) Four {
 /** A warp an output feature, for ROWS rows of x, which all warps share decoded. */
 template <bool INTEGER, int ROWS>
 __global__ void __launch_bounds__(kGemvThreads) gemv(const Linear l, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   using T = typename ElementOf<INTEGER>::type;
   __shared__ float tables[2][kLut];
   // Halves of 8 elements apart: neighbouring lanes read neighbouring banks.
@@ -193,6 +196,8 @@ static_assert(kTileThreads * 8 == kTile * kStep, "a thread decodes 8 elements of
 /** 64 x 64 outputs to a block, 4 x 4 to a thread; operands are decoded into shared memory 32 elements of k at a time. */
 template <bool INTEGER>
 __global__ void __launch_bounds__(kTileThreads) tile(const Linear l, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   using T = typename ElementOf<INTEGER>::type;
   __shared__ float tables[2][kLut];
   __shared__ __align__(16) T xTile[kStep][kPitch];
@@ -299,6 +304,8 @@ __global__ void __launch_bounds__(kTileThreads) tile(const Linear l, const u32* 
 
 /** A warp an output, element by element: blocks and table entries of any extents. */
 __global__ void plain(const Linear l, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   const i64 output = blockIdx.x * static_cast<i64>(blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   const i64 row = output / l.n;
@@ -375,9 +382,8 @@ Linear readLinear(const Launch& launch) {
 template <int ROWS>
 cudaError_t launchGemv(const Linear& l, i64 m, const Launch& launch) {
   const i64 blocks = (l.n + kGemvWarps - 1) / kGemvWarps * ((m + ROWS - 1) / ROWS);
-  if (l.integer) gemv<true, ROWS><<<static_cast<unsigned>(blocks), kGemvThreads, 0, launch.stream>>>(l, launch.deviceSymbols);
-  else gemv<false, ROWS><<<static_cast<unsigned>(blocks), kGemvThreads, 0, launch.stream>>>(l, launch.deviceSymbols);
-  return cudaGetLastError();
+  if (l.integer) return launchOverlapped(launch, gemv<true, ROWS>, static_cast<unsigned>(blocks), kGemvThreads, 0, l, launch.deviceSymbols);
+  return launchOverlapped(launch, gemv<false, ROWS>, static_cast<unsigned>(blocks), kGemvThreads, 0, l, launch.deviceSymbols);
 }
 
 cudaError_t runGemv(const Launch& launch) {
@@ -393,17 +399,15 @@ cudaError_t runTile(const Launch& launch) {
   const i64 m = l.rows.at(launch.symbols);
   if (m == 0 || l.n == 0) return cudaSuccess;
   const i64 blocks = (l.n + kTile - 1) / kTile * ((m + kTile - 1) / kTile);
-  if (l.integer) tile<true><<<static_cast<unsigned>(blocks), kTileThreads, 0, launch.stream>>>(l, launch.deviceSymbols);
-  else tile<false><<<static_cast<unsigned>(blocks), kTileThreads, 0, launch.stream>>>(l, launch.deviceSymbols);
-  return cudaGetLastError();
+  if (l.integer) return launchOverlapped(launch, tile<true>, static_cast<unsigned>(blocks), kTileThreads, 0, l, launch.deviceSymbols);
+  return launchOverlapped(launch, tile<false>, static_cast<unsigned>(blocks), kTileThreads, 0, l, launch.deviceSymbols);
 }
 
 cudaError_t runPlain(const Launch& launch) {
   const Linear l = readLinear(launch);
   const i64 outputs = l.rows.at(launch.symbols) * l.n;
   if (outputs == 0) return cudaSuccess;
-  plain<<<static_cast<unsigned>((outputs + 7) / 8), 8 * kWarp, 0, launch.stream>>>(l, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, plain, static_cast<unsigned>((outputs + 7) / 8), 8 * kWarp, 0, l, launch.deviceSymbols);
 }
 
 }  // namespace

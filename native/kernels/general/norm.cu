@@ -1,20 +1,9 @@
 // rmsnorm and layernorm: a group of elements of a row is normalised by a warp, or by a block of threads when it is long.
-#include "common.cuh"
+#include "fewbit/overlap.cuh"
+#include "norm.cuh"
 
 namespace fewbit::general {
 namespace {
-
-struct Norm {
-  Extent rows;
-  int groups, width;  // of a row, and of a group
-  const float* x;
-  Columns xAt;
-  const float *weight, *bias;
-  float* out;
-  Columns outAt;
-  float eps;
-  bool centred;  // layernorm
-};
 
 template <bool WIDE>
 __device__ float total(float x, float* shared) {
@@ -24,6 +13,8 @@ __device__ float total(float x, float* shared) {
 
 template <bool WIDE>
 __global__ void norm(const Norm n, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ float shared[32];
   const int lanes = WIDE ? blockDim.x : kWarp;
   const int lane = threadIdx.x % lanes;
@@ -54,29 +45,13 @@ __global__ void norm(const Norm n, const u32* symbols) {
 /** Elements from which on a block of threads takes a group. */
 constexpr int kWide = 1024;
 
-/** args: rows (extent), groups, width of a group, x, its columns, weight, bias, out, its columns, eps, centred. */
 cudaError_t runNorm(const Launch& launch) {
-  Args args(launch.args, launch.buffers);
-  Norm n{};
-  n.rows = extent(args);
-  n.groups = args.integer();
-  n.width = args.integer();
-  n.x = args.buffer<const float>();
-  n.xAt = columns(args);
-  n.weight = args.buffer<const float>();
-  n.bias = args.buffer<const float>();
-  n.out = args.buffer<float>();
-  n.outAt = columns(args);
-  n.eps = args.real();
-  n.centred = args.flag();
+  const Norm n = readNorm(launch);
   const i64 units = n.rows.at(launch.symbols) * n.groups;
   if (units == 0) return cudaSuccess;
-  if (n.width >= kWide) {
-    norm<true><<<static_cast<unsigned>(units), n.width >= 4096 ? 512 : 256, 0, launch.stream>>>(n, launch.deviceSymbols);
-  } else {
-    norm<false><<<static_cast<unsigned>((units + 3) / 4), 4 * kWarp, 0, launch.stream>>>(n, launch.deviceSymbols);
-  }
-  return cudaGetLastError();
+  if (n.width >= kWide)
+    return launchOverlapped(launch, norm<true>, static_cast<unsigned>(units), n.width >= 4096 ? 512 : 256, 0, n, launch.deviceSymbols);
+  return launchOverlapped(launch, norm<false>, static_cast<unsigned>((units + 3) / 4), 4 * kWarp, 0, n, launch.deviceSymbols);
 }
 
 }  // namespace

@@ -1,98 +1,13 @@
 // quantize, alone and with what makes its input, by any rule that a device can follow; codes are those of `quantizeTensor`.
-#include "common.cuh"
+#include "fewbit/overlap.cuh"
+#include "quantize.cuh"
 
 namespace fewbit::general {
 namespace {
 
-enum class InputKind : int { plain, norm, unary, gated };
-
-/** The values to quantize: x, or what the fused ops before make of it. */
-struct Input {
-  InputKind kind;
-  const float *a, *b;
-  Columns aAt, bAt;
-  const float* weight;
-  float eps, cap;
-  Unary fn;
-  int width;  // of a normalised row
-
-  /** Element i of a row; `factor` is that of a norm. */
-  __device__ float at(i64 row, int i, float factor) const {
-    const float x = a[aAt.at(row, i)];
-    switch (kind) {
-      case InputKind::norm: return x * factor * weight[i];
-      case InputKind::unary: return apply(fn, x, cap);
-      case InputKind::gated: return apply(fn, x, cap) * b[bAt.at(row, i)];
-      default: return x;
-    }
-  }
-};
-
-struct Job {
-  Extent rows;
-  int k, width, columns, height;  // height 0: a block spans all rows
-  int rowStride, words;           // words of codes in a row, with and without padding
-  u32 scaleAt, outerAt, zeroAt;   // words from the tensor's first
-  u32* out;
-  u32* scratch;
-  i64 parametersAt;  // words of scratch before the parameters of blocks
-  bool scaled;
-  const float *given, *givenZero;  // scales and zero points of blocks, where they are not chosen
-  Input in;
-  Rule rule;
-
-  __device__ Chosen choose(i64 block, const Keys& keys, float outer) const {
-    return rule.choose(keys.lo(), keys.hi(), outer, given == nullptr ? nullptr : given + block,
-                       givenZero == nullptr ? nullptr : givenZero + block);
-  }
-  __device__ i64 blocks(i64 n) const { return n == 0 ? 0 : (height == 0 ? 1 : (n + height - 1) / height) * columns; }
-  __device__ float outer(i64 row) const {
-    if (rule.outerKind == 0) return 1.0f;
-    return rule.outer.decode(readCode(out + outerAt, rule.outerKind == 2 ? row : 0, rule.outer.bits));
-  }
-  __device__ void store(i64 block, const Chosen& chosen) const {
-    storeCode(out + scaleAt, block, rule.scale.bits, chosen.scale);
-    if (rule.zeroKind != ZeroKind::none) storeCode(out + zeroAt, block, rule.zero.bits, chosen.zero);
-  }
-};
-
-Job readJob(const Launch& launch) {
-  Args args(launch.args, launch.buffers);
-  Job job{};
-  job.rows = extent(args);
-  job.k = args.integer();
-  job.width = args.integer();
-  job.columns = args.integer();
-  job.height = args.integer();
-  job.rowStride = args.integer();
-  job.scaleAt = static_cast<u32>(args.next());
-  job.outerAt = static_cast<u32>(args.next());
-  job.zeroAt = static_cast<u32>(args.next());
-  job.out = args.buffer<u32>();
-  job.scratch = args.buffer<u32>();
-  job.parametersAt = args.next();
-  job.scaled = args.flag();
-  job.given = args.buffer<const float>();
-  job.givenZero = args.buffer<const float>();
-  Input& in = job.in;
-  in.kind = static_cast<InputKind>(args.next());
-  in.a = args.buffer<const float>();
-  in.aAt = columns(args);
-  in.b = args.buffer<const float>();
-  in.bAt = columns(args);
-  in.weight = args.buffer<const float>();
-  in.eps = args.real();
-  in.fn = static_cast<Unary>(args.next());
-  in.cap = args.real();
-  in.width = job.k;
-  job.rule = args.rule();
-  job.words = (job.k * job.rule.element.bits + 31) / 32;
-  return job;
-}
-
 /** One word of codes of a row: value(i) is its element i, chosen(column) the parameters of a block. */
 template <class Value, class Parameters>
-__device__ u32 packWord(const Job& job, int word, Value value, Parameters chosen) {
+__device__ u32 packWord(const QuantizeJob& job, int word, Value value, Parameters chosen) {
   const int bits = job.rule.element.bits;
   u32 packed = 0u;
   const int begin = word * 32;
@@ -109,7 +24,9 @@ __device__ u32 packWord(const Job& job, int word, Value value, Parameters chosen
  * One block of threads a row, for blocks that lie in one row: the input is made, looked at and coded in one pass over memory.
  * Shared memory: the row (when `staged`), then two numbers for each block.
  */
-__global__ void rows(const Job job, bool staged, const u32* symbols) {
+__global__ void rows(const QuantizeJob job, bool staged, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   extern __shared__ float row_values[];
   float2* parameters = reinterpret_cast<float2*>(row_values + (staged ? (job.k + 1) / 2 * 2 : 0));
   __shared__ float sums[32];
@@ -181,7 +98,9 @@ __global__ void rows(const Job job, bool staged, const u32* symbols) {
 }
 
 /** The extremes of each block's part of each row (of the whole row when `whole`), to scratch. */
-__global__ void extremes(const Job job, bool whole, const u32* symbols) {
+__global__ void extremes(const QuantizeJob job, bool whole, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ Keys keys[32];
   const i64 row = blockIdx.x;
   if (row >= job.rows.at(symbols)) return;
@@ -203,7 +122,9 @@ __global__ void extremes(const Job job, bool whole, const u32* symbols) {
 }
 
 /** The second scale level of a whole tensor, from the extremes of its rows. One block of threads. */
-__global__ void outerTensor(const Job job, const u32* symbols) {
+__global__ void outerTensor(const QuantizeJob job, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ Keys keys[32];
   const i64 n = job.rows.at(symbols);
   if (n == 0) return;
@@ -220,7 +141,9 @@ __global__ void outerTensor(const Job job, const u32* symbols) {
 }
 
 /** Scales and zero points of blocks of several rows, and to scratch what encoding needs. A block of threads each. */
-__global__ void choose(const Job job, const u32* symbols) {
+__global__ void choose(const QuantizeJob job, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ Keys keys[32];
   const i64 n = job.rows.at(symbols);
   const i64 block = blockIdx.x;
@@ -245,7 +168,9 @@ __global__ void choose(const Job job, const u32* symbols) {
 }
 
 /** Codes of blocks of several rows, a word to a thread. */
-__global__ void encode(const Job job, const u32* symbols) {
+__global__ void encode(const QuantizeJob job, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   const i64 count = job.rows.at(symbols) * job.rowStride;
   for (i64 at = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x; at < count; at += static_cast<i64>(gridDim.x) * blockDim.x) {
     const i64 row = at / job.rowStride;
@@ -265,7 +190,9 @@ __global__ void encode(const Job job, const u32* symbols) {
  * The mean of all blocks' scales, added up in float64, block after block, as the definition does: the others only fetch. To
  * scratch word 0.
  */
-__global__ void scalerMean(const Job job, const u32* symbols) {
+__global__ void scalerMean(const QuantizeJob job, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ float fetched[1024];
   const i64 count = job.blocks(job.rows.at(symbols));
   double sum = 0.0;
@@ -285,7 +212,9 @@ __global__ void scalerMean(const Job job, const u32* symbols) {
 }
 
 /** Quantizes the scales themselves, so many at a time: a block of threads takes one group. */
-__global__ void scalers(const Job job, const u32* symbols) {
+__global__ void scalers(const QuantizeJob job, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ Keys keys[32];
   const i64 count = job.blocks(job.rows.at(symbols));
   const i64 begin = blockIdx.x * static_cast<i64>(job.rule.scalers);
@@ -309,7 +238,7 @@ int threadsFor(int k) { return k <= 512 ? 128 : k <= 2048 ? 256 : 512; }
 constexpr size_t kStaged = 64 * 1024;
 
 cudaError_t runRows(const Launch& launch) {
-  const Job job = readJob(launch);
+  const QuantizeJob job = readQuantizeJob(launch);
   const i64 n = job.rows.at(launch.symbols);
   if (n == 0) return cudaSuccess;
   const size_t row = static_cast<size_t>(job.k + 1) / 2 * 8;
@@ -318,54 +247,48 @@ cudaError_t runRows(const Launch& launch) {
   // The kernel's own arrays count as well: less than 1 KiB.
   const cudaError_t error = allowShared(rows, bytes + 1024);
   if (error != cudaSuccess) return error;
-  rows<<<static_cast<unsigned>(n), threadsFor(job.k), bytes, launch.stream>>>(job, staged, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, rows, static_cast<unsigned>(n), threadsFor(job.k), bytes, job, staged, launch.deviceSymbols);
 }
 
 cudaError_t extremesOf(const Launch& launch, bool whole) {
-  const Job job = readJob(launch);
+  const QuantizeJob job = readQuantizeJob(launch);
   const i64 n = job.rows.at(launch.symbols);
   if (n == 0) return cudaSuccess;
-  extremes<<<static_cast<unsigned>(n), threadsFor(whole ? job.k : job.width), 0, launch.stream>>>(job, whole, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, extremes, static_cast<unsigned>(n), threadsFor(whole ? job.k : job.width), 0, job, whole,
+                          launch.deviceSymbols);
 }
 cudaError_t runExtremes(const Launch& launch) { return extremesOf(launch, false); }
 cudaError_t runRowExtremes(const Launch& launch) { return extremesOf(launch, true); }
 
 cudaError_t runOuter(const Launch& launch) {
-  outerTensor<<<1, 512, 0, launch.stream>>>(readJob(launch), launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, outerTensor, 1, 512, 0, readQuantizeJob(launch), launch.deviceSymbols);
 }
 
-i64 blocksOf(const Job& job, i64 n) { return n == 0 ? 0 : (job.height == 0 ? 1 : (n + job.height - 1) / job.height) * job.columns; }
+i64 blocksOf(const QuantizeJob& job, i64 n) { return n == 0 ? 0 : (job.height == 0 ? 1 : (n + job.height - 1) / job.height) * job.columns; }
 
 cudaError_t runChoose(const Launch& launch) {
-  const Job job = readJob(launch);
+  const QuantizeJob job = readQuantizeJob(launch);
   const i64 count = blocksOf(job, job.rows.at(launch.symbols));
   if (count == 0) return cudaSuccess;
-  choose<<<static_cast<unsigned>(count), job.height == 0 ? 512 : 128, 0, launch.stream>>>(job, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, choose, static_cast<unsigned>(count), job.height == 0 ? 512 : 128, 0, job, launch.deviceSymbols);
 }
 
 cudaError_t runEncode(const Launch& launch) {
-  const Job job = readJob(launch);
+  const QuantizeJob job = readQuantizeJob(launch);
   const i64 count = job.rows.at(launch.symbols) * job.rowStride;
   if (count == 0) return cudaSuccess;
-  encode<<<gridFor(count, 256, *launch.context), 256, 0, launch.stream>>>(job, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, encode, gridFor(count, 256, *launch.context), 256, 0, job, launch.deviceSymbols);
 }
 
 cudaError_t runScalerMean(const Launch& launch) {
-  scalerMean<<<1, 1024, 0, launch.stream>>>(readJob(launch), launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, scalerMean, 1, 1024, 0, readQuantizeJob(launch), launch.deviceSymbols);
 }
 
 cudaError_t runScalers(const Launch& launch) {
-  const Job job = readJob(launch);
+  const QuantizeJob job = readQuantizeJob(launch);
   const i64 groups = (blocksOf(job, job.rows.at(launch.symbols)) + job.rule.scalers - 1) / job.rule.scalers;
   if (groups == 0) return cudaSuccess;
-  scalers<<<static_cast<unsigned>(groups), 256, 0, launch.stream>>>(job, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, scalers, static_cast<unsigned>(groups), 256, 0, job, launch.deviceSymbols);
 }
 
 }  // namespace

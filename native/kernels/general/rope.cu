@@ -1,54 +1,12 @@
 // rope, hadamard, kv_write and the quantizing of heads, one after another over one head of one token.
-#include "common.cuh"
+#include "fewbit/overlap.cuh"
+#include "rope.cuh"
 
 namespace fewbit::general {
 namespace {
 
-constexpr int kStreams = 4;
 /** A head has at most this many elements: one a thread. */
 constexpr int kMost = 512;
-
-enum class Target : int { dense, rows, cache };
-
-/** Heads that go through the step: perhaps rotated, perhaps transformed, into a dense value, a stored one or a cache. */
-struct Stream {
-  const float* x;
-  Columns at;
-  int heads;
-  int rotary;  // elements that are rotated; 0 without a rope
-  bool interleaved;
-  const float* angles;
-  int angleSymbol;
-  float transform;  // the factor after the butterflies; 0 without them
-  Target target;
-  float* out;
-  Columns outAt;
-  // Stored targets:
-  u32* words;
-  int rowStride;
-  u32 scaleAt, zeroAt;
-  int width, columns;  // elements of a block, blocks of a row (0 without scales)
-  Rule rule;
-  // Caches:
-  const u32* pages;
-  int page;
-  int cacheSymbol;
-  bool ring;
-  i64 keys;
-};
-
-struct Job {
-  Extent rows;
-  int size, units, count;
-  Stream streams[kStreams];
-};
-
-/** As `keyRowOf` of ir/attention.ts. */
-__device__ i64 keyRow(const Stream& s, int head, i64 position) {
-  const i64 slot = s.ring ? position % s.keys : position;
-  if (s.page == 0) return head * s.keys + slot;
-  return (s.pages[slot / s.page] * static_cast<i64>(s.heads) + head) * s.page + slot % s.page;
-}
 
 /** Quantizes a row by itself: thread i holds element i. Codes, scales and zero points are those of `quantizeTensor`. */
 __device__ void storeRow(const Stream& s, i64 row, int size, float x) {
@@ -90,7 +48,9 @@ __device__ void storeRow(const Stream& s, i64 row, int size, float x) {
 }
 
 /** A block of threads takes one head of one token. */
-__global__ void rope(const Job job, const u32* symbols) {
+__global__ void rope(const RopeJob job, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ float exchanged[kMost];
   const i64 token = blockIdx.x / job.units;
   int head = static_cast<int>(blockIdx.x % job.units);
@@ -125,59 +85,17 @@ __global__ void rope(const Job job, const u32* symbols) {
     if (e < job.size) s.out[s.outAt.at(token, head * job.size + e)] = value;
     return;
   }
-  const i64 row = s.target == Target::rows ? token * s.heads + head : keyRow(s, head, symbols[s.cacheSymbol] + token);
+  const i64 row = s.target == Target::rows ? token * s.heads + head : s.keyRow(head, symbols[s.cacheSymbol] + token);
   storeRow(s, row, job.size, value);
 }
 
-Stream stream(Args& args) {
-  Stream s{};
-  s.x = args.buffer<const float>();
-  s.at = columns(args);
-  s.heads = args.integer();
-  s.rotary = args.integer();
-  s.interleaved = args.flag();
-  s.angles = args.buffer<const float>();
-  s.angleSymbol = args.integer();
-  s.transform = args.real();
-  s.target = static_cast<Target>(args.next());
-  if (s.target == Target::dense) {
-    s.out = args.buffer<float>();
-    s.outAt = columns(args);
-    return s;
-  }
-  s.words = args.buffer<u32>();
-  s.rowStride = args.integer();
-  s.scaleAt = static_cast<u32>(args.next());
-  s.zeroAt = static_cast<u32>(args.next());
-  s.width = args.integer();
-  s.columns = args.integer();
-  s.rule = args.rule();
-  if (s.target == Target::rows) return s;
-  s.pages = args.buffer<const u32>();
-  s.page = args.integer();
-  s.cacheSymbol = args.integer();
-  s.ring = args.flag();
-  s.keys = args.next();
-  return s;
-}
-
-/** args: rows (extent), size of a head, streams, each as `stream` reads it. */
 cudaError_t runRope(const Launch& launch) {
-  Args args(launch.args, launch.buffers);
-  Job job{};
-  job.rows = extent(args);
-  job.size = args.integer();
-  job.count = args.integer();
-  for (int i = 0; i < job.count; i++) {
-    job.streams[i] = stream(args);
-    job.units += job.streams[i].heads;
-  }
+  const RopeJob job = readRope(launch);
   const i64 blocks = job.rows.at(launch.symbols) * job.units;
   if (blocks == 0) return cudaSuccess;
   int threads = kWarp;
   while (threads < job.size) threads *= 2;
-  rope<<<static_cast<unsigned>(blocks), threads, 0, launch.stream>>>(job, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, rope, static_cast<unsigned>(blocks), threads, 0, job, launch.deviceSymbols);
 }
 
 }  // namespace

@@ -1,31 +1,12 @@
 // sample and moe_route: choices among the logits of a row.
-#include "common.cuh"
+#include "fewbit/overlap.cuh"
+#include "sample.cuh"
 
 namespace fewbit::general {
 namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;
-/** Bits of a threshold that one pass over the logits finds. */
-constexpr int kBits = 3;
-constexpr int kSteps = (1 << kBits) - 1;
-
-/** Bits that order as the floats do: equal logits give equal keys. */
-__device__ u32 key(float x) { return orderKey(x == 0.0f ? 0.0f : x); }
-
-__device__ u32 pcg(u32 value) {
-  const u32 state = value * 747796405u + 2891336453u;
-  const u32 word = ((state >> ((state >> 28) + 4u)) ^ state) * 277803737u;
-  return (word >> 22) ^ word;
-}
-
-struct Sample {
-  const float* logits;
-  int count;
-  const u32* settings;
-  int* ids;
-  u32* sampled;
-};
 
 struct Shared {
   float floats[kThreads];
@@ -74,6 +55,8 @@ __device__ u32 threshold(const Sample& s, Shared& shared, float wanted, Amount a
  * order-preserving bits of the logits, so nothing is sorted; each thread owns a run of neighbouring ids for the final walk.
  */
 __global__ void __launch_bounds__(kThreads) sample(const Sample s) {
+  releaseSuccessor();
+  awaitPredecessor();
   __shared__ Shared shared;
   const int tid = threadIdx.x;
   // The lowest id with the largest logit; a NaN is never larger.
@@ -109,9 +92,9 @@ __global__ void __launch_bounds__(kThreads) sample(const Sample s) {
   for (int i = tid; i < s.count; i += kThreads) partial += expf(s.logits[i] - top);
   const float logTotal = logf(blockSum(partial, shared.sums));
 
-  const float temperature = bitcast<float>(s.settings[0]);
-  const u32 topK = s.settings[1];
-  const float topP = bitcast<float>(s.settings[2]);
+  const float temperature = s.temperature();
+  const u32 topK = s.topK();
+  const float topP = s.topP();
   int chosen = argmax;
   if (temperature > 0.0f) {
     const auto mass = [&](int i) { return expf((s.logits[i] - top) / temperature); };
@@ -136,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) sample(const Sample s) {
     shared.floats[tid] = partial;
     shared.words[tid] = static_cast<u32>(s.count);
     __syncthreads();
-    const float target = static_cast<float>(pcg(pcg(s.settings[3]) + s.settings[4]) >> 8) * 5.9604644775390625e-8f * kept;
+    const float target = s.uniform() * kept;
     if (partial > 0.0f) {
       float sum = 0.0f;
       for (int i = 0; i < tid; i++) sum += shared.floats[i];
@@ -162,11 +145,7 @@ __global__ void __launch_bounds__(kThreads) sample(const Sample s) {
       chosen = static_cast<int>(fallback);
     }
   }
-  if (tid == 0) {
-    s.sampled[0] = static_cast<u32>(chosen);
-    s.sampled[1] = bitcast<u32>(s.logits[chosen] - top - logTotal);
-    s.ids[0] = chosen;
-  }
+  if (tid == 0) s.write(chosen, s.logits[chosen] - top - logTotal);
 }
 
 struct Route {
@@ -181,6 +160,8 @@ struct Route {
 
 /** A warp takes a token: experts come out one after another, each the first after the one before in falling order. */
 __global__ void route(const Route r, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   const i64 token = blockIdx.x * static_cast<i64>(blockDim.x / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (token >= r.rows.at(symbols)) return;
@@ -229,17 +210,8 @@ __global__ void route(const Route r, const u32* symbols) {
     for (int slot = 0; slot < r.top; slot++) r.gates[token * r.top + slot] /= sum;
 }
 
-/** args: logits, count, settings, ids, sampled. */
 cudaError_t runSample(const Launch& launch) {
-  Args args(launch.args, launch.buffers);
-  Sample s{};
-  s.logits = args.buffer<const float>();
-  s.count = args.integer();
-  s.settings = args.buffer<const u32>();
-  s.ids = args.buffer<int>();
-  s.sampled = args.buffer<u32>();
-  sample<<<1, kThreads, 0, launch.stream>>>(s);
-  return cudaGetLastError();
+  return launchOverlapped(launch, sample, 1, kThreads, 0, readSample(launch));
 }
 
 /** args: rows (extent), experts, top, normalize, logits, its columns, ids, gates. */
@@ -256,8 +228,7 @@ cudaError_t runRoute(const Launch& launch) {
   r.gates = args.buffer<float>();
   const i64 n = r.rows.at(launch.symbols);
   if (n == 0) return cudaSuccess;
-  route<<<static_cast<unsigned>((n + 3) / 4), 4 * kWarp, 0, launch.stream>>>(r, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, route, static_cast<unsigned>((n + 3) / 4), 4 * kWarp, 0, r, launch.deviceSymbols);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // sdpa over dense or stored operands of any format: every mask, window, soft-cap, sink, page table and rounding of probabilities.
 #include "eight.cuh"
+#include "fewbit/overlap.cuh"
 
 namespace fewbit::general {
 namespace {
@@ -25,7 +26,8 @@ struct Attention {
   const float* q;
   Columns qAt;  // of token-major dense rows
   Rows k, v;
-  float* out;
+  void* out;
+  bool rounds16;  // out is bf16, else float32
   float scale, softcap;  // no soft-cap: 0
   bool causal, ring;
   int window;    // 0 without
@@ -102,6 +104,8 @@ __device__ __noinline__ void loadTile(const Attention& a, const Run& run, const 
  */
 template <int PARTS, int ROWS>
 __global__ void __launch_bounds__(kWarps* kWarp) attend(const __grid_constant__ Attention a, const u32* symbols) {
+  releaseSuccessor();
+  awaitPredecessor();
   extern __shared__ __align__(16) float memory[];
   __shared__ float tables[2][kLut];
   const int pitch = a.size + 1, qPitch = (a.size + 3) / 4 * 4;
@@ -213,7 +217,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend(const __grid_constant__ 
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       const int e = part * kWarp + lane;
-      if (e < a.size) a.out[row * a.size + e] = total[i] > 0.0f ? sums[i][part] / total[i] : 0.0f;
+      if (e >= a.size) continue;
+      const float value = total[i] > 0.0f ? sums[i][part] / total[i] : 0.0f;
+      const i64 at = row * a.size + e;
+      if (a.rounds16) static_cast<uint16_t*>(a.out)[at] = static_cast<uint16_t>(detail::encode_bf16(value));
+      else static_cast<float*>(a.out)[at] = value;
     }
   }
 }
@@ -231,8 +239,7 @@ cudaError_t launchAttend(const Attention& a, i64 rows, const Launch& launch) {
   const cudaError_t error = allowShared(attend<PARTS, ROWS>, bytes + sizeof(float) * 2 * kLut);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>((rows + kWarps * ROWS - 1) / (kWarps * ROWS)), static_cast<unsigned>(a.batch * a.kvHeads));
-  attend<PARTS, ROWS><<<grid, kWarps * kWarp, bytes, launch.stream>>>(a, launch.deviceSymbols);
-  return cudaGetLastError();
+  return launchOverlapped(launch, attend<PARTS, ROWS>, grid, kWarps * kWarp, bytes, a, launch.deviceSymbols);
 }
 
 /** args: as `sdpaArguments` of general-sdpa.ts writes them. */
@@ -255,7 +262,8 @@ cudaError_t runSdpa(const Launch& launch) {
   }
   a.k = readRows(args);
   a.v = readRows(args);
-  a.out = args.buffer<float>();
+  a.out = args.buffer<void>();
+  a.rounds16 = args.flag();
   a.scale = args.real();
   a.softcap = args.real();
   a.causal = args.flag();
@@ -287,7 +295,7 @@ cudaError_t runSdpa(const Launch& launch) {
 
 namespace fewbit {
 
-extern const Entry kGeneralSdpaEntries[] = {{"general/sdpa", 1, general::runSdpa}};
+extern const Entry kGeneralSdpaEntries[] = {{"general/sdpa", 2, general::runSdpa}};
 extern const size_t kGeneralSdpaEntryCount = sizeof kGeneralSdpaEntries / sizeof(Entry);
 
 }  // namespace fewbit

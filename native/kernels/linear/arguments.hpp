@@ -89,6 +89,7 @@ class Arguments {
   Epilogue epilogue() {
     Epilogue epilogue;
     epilogue.fn = static_cast<Activation>(small());
+    epilogue.rounding = static_cast<Rounding>(small());
     epilogue.out = dense();
     epilogue.residual = dense();
     for (auto& bias : epilogue.bias) bias = reinterpret_cast<const float*>(buffer());

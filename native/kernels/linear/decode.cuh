@@ -10,13 +10,18 @@ __device__ __forceinline__ uint32_t packHigh(float low, float high) {  // both e
 __device__ __forceinline__ uint32_t asWord(__nv_bfloat162 pair) { return reinterpret_cast<uint32_t&>(pair); }
 __device__ __forceinline__ __nv_bfloat162 asPair(uint32_t word) { return reinterpret_cast<__nv_bfloat162&>(word); }
 
-/** Pairs (0, 1), (2, 3), ...: the order of most decoders. `Interleaved` gives (0, 4), (1, 5), (2, 6), (3, 7). */
+/** Pairs (0, 1), (2, 3), (4, 5), (6, 7): the order of most decoders; `first` is the first code of a pair, `apart` the second's distance. */
 struct Natural {
   static constexpr bool folds = false;  // whether scales may multiply the pairs
   static constexpr bool interleaved = false;
+  static constexpr int apart = 1;
+  __device__ static constexpr int first(int pair) { return 2 * pair; }
 };
+/** Pairs (0, 4), (1, 5), (2, 6), (3, 7): every fourth code of 4 bits lies 16 bits apart. */
 struct Interleaved {
   static constexpr bool interleaved = true;
+  static constexpr int apart = 4;
+  __device__ static constexpr int first(int pair) { return pair; }
 };
 
 /** Loads the field of 8 codes of `Bits` bits at byte `at` of shared memory, whose rows start on words. */
@@ -70,6 +75,25 @@ struct IntCodes : Natural {
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) out[i] = packHigh(values[2 * i], values[2 * i + 1]);
+  }
+};
+
+/**
+ * Signed bytes, two at a time: 128 + (code & 127) and 128 + (code & 128) are bf16 whose low bits are the code's, and their difference is
+ * its value. Pairs (0, 2), (1, 3), (4, 6), (5, 7).
+ */
+struct SignedBytes {
+  static constexpr bool folds = false;
+  static constexpr int bits = 8, apart = 2;
+  __device__ static constexpr int first(int pair) { return pair / 2 * 4 + pair % 2; }
+  __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
+    uint32_t field[2];
+    loadField<8>(row, at, field);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t word = field[i / 2] >> (8 * (i % 2));
+      out[i] = asWord(__hsub2(asPair((word & 0x007f007fu) | 0x43004300u), asPair((word & 0x00800080u) | 0x43004300u)));
+    }
   }
 };
 

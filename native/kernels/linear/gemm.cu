@@ -1,8 +1,9 @@
-// linear/gemm: x W^T for many rows of x, through cuBLASLt's tensor-core products.
+// linear/gemm and linear/wgmma: x W^T for many rows of x, through cuBLASLt's tensor-core products or Hopper's own.
 #include <algorithm>
 
 #include "gemm-carriers.cuh"
 #include "matmul.hpp"
+#include "wgmma.hpp"
 
 namespace fewbit::linear {
 namespace {
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) finishProducts(const __grid_constant
   const float* second = first + rows * p.n;
   const auto real = [](float stored) { return Integer ? static_cast<float>(__float_as_int(stored)) : stored; };
   const int begin = blockIdx.x * kThreads * ahead * 4;
-  if (p.n % 4 == 0 && ((reinterpret_cast<uintptr_t>(e.out.at) | (e.out.stride * 4)) & 15) == 0) {
+  const int outBytes = e.rounding == Rounding::none ? 4 : 2;
+  if (p.n % 4 == 0 && ((reinterpret_cast<uintptr_t>(e.out.at) | (e.out.stride * outBytes)) & (4 * outBytes - 1)) == 0) {
     float4 a[ahead], b[ahead];
 #pragma unroll
     for (int i = 0; i < ahead; i++) {
@@ -45,14 +47,13 @@ __global__ void __launch_bounds__(kThreads) finishProducts(const __grid_constant
     for (int i = 0; i < ahead; i++) {
       const int n = begin + (i * kThreads + threadIdx.x) * 4;
       if (n >= p.n) continue;
-      *reinterpret_cast<float4*>(&e.out(m, n)) =
-          make_float4(one(n, real(a[i].x), real(b[i].x)), one(n + 1, real(a[i].y), real(b[i].y)),
-                      one(n + 2, real(a[i].z), real(b[i].z)), one(n + 3, real(a[i].w), real(b[i].w)));
+      e.store4(m, n, make_float4(one(n, real(a[i].x), real(b[i].x)), one(n + 1, real(a[i].y), real(b[i].y)),
+                                 one(n + 2, real(a[i].z), real(b[i].z)), one(n + 3, real(a[i].w), real(b[i].w))));
     }
     return;
   }
   for (int n = begin + threadIdx.x; n < min(begin + kThreads * ahead * 4, p.n); n += kThreads)
-    e.out(m, n) = one(n, real(first[n]), Gated ? real(second[n]) : 0.0f);
+    e.store(m, n, one(n, real(first[n]), Gated ? real(second[n]) : 0.0f));
 }
 
 template <bool Integer>
@@ -109,9 +110,21 @@ bool vectorScales(const Blocks& scale, int rows, bool& scalar) {
   return scale.codec == ScaleCodec::f32 && scale.columns == 1 && (scale.rows == 1 || scalar);
 }
 
-cudaError_t run(const Launch& launch) {
+/** Memory of a step that is taken piece by piece, each on 256 bytes. */
+struct Scratch {
+  uint8_t* base = nullptr;
+  uint64_t size = 0, taken = 0;
+  uint8_t* take(int64_t bytes) {
+    uint8_t* piece = base + taken;
+    taken += (bytes + 255) / 256 * 256;
+    return piece;
+  }
+  bool enough() const { return taken <= size; }
+};
+
+/** What both entries are given; false when table and addon disagree. */
+bool read(const Launch& launch, GemmParams& p, Scratch& scratch) {
   Arguments arguments(launch);
-  GemmParams p;
   static_cast<WeightGroup&>(p) = arguments.weightGroup();
   p.x = arguments.activations();
   p.epilogue = arguments.epilogue();
@@ -121,22 +134,28 @@ cudaError_t run(const Launch& launch) {
   p.scaledX = arguments.flag();
   p.scaledW = arguments.flag();
   p.columns = arguments.small();
-  uint64_t scratchBytes = 0;
-  uint8_t* scratch = arguments.buffer(&scratchBytes);
-  if (arguments.broken()) return cudaErrorInvalidValue;
+  scratch.base = arguments.buffer(&scratch.size);
   p.symbols = launch.deviceSymbols;
+  return !arguments.broken();
+}
+
+cudaError_t carryRows(const Launch& launch, const GemmParams& p, int rows) {
+  const size_t shared = zeroColumns(p) > 0 ? size_t(p.columns) / 8 * 4 : 0;
+  carryX<<<rows, kThreads, shared, launch.stream>>>(p);
+  return cudaGetLastError();
+}
+
+cudaError_t run(const Launch& launch) {
+  GemmParams p;
+  Scratch scratch;
+  if (!read(launch, p, scratch)) return cudaErrorInvalidValue;
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
   if (rows == 0) return cudaSuccess;
   if (rows > 65535) return cudaErrorInvalidConfiguration;
 
   const bool converts = p.carrier == Carrier::bf16 || p.carrier == Carrier::f16;
   const Epilogue& e = p.epilogue;
-  uint8_t* at = scratch;
-  const auto take = [&](int64_t bytes) {
-    uint8_t* taken = at;
-    at += (bytes + 255) / 256 * 256;
-    return taken;
-  };
+  const auto take = [&](int64_t bytes) { return scratch.take(bytes); };
   if (converts) p.xCarrier = take(int64_t{2} * p.xParts * rows * p.columns);
   if (converts) p.wCarrier = take(int64_t{2} * p.parts * p.wParts * p.n * p.columns);
   if (p.carrier == Carrier::s8) p.wCarrier = take(int64_t(p.parts) * p.n * p.columns);
@@ -158,7 +177,12 @@ cudaError_t run(const Launch& launch) {
   product.x = converts ? p.xCarrier : p.x.at;
 
   // The library may scale and store by itself: one matrix, float32 scales of rows or tensors, at most a residual to add.
-  const bool plain = p.parts == 1 && e.bias[0] == nullptr && e.fn == Activation::none;
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(launch.stream, &capturing)) return error;
+  // A captured product has the rows of the largest run, and would store rows that a run does not have.
+  const bool exactRows = capturing == cudaStreamCaptureStatusNone || p.x.rows.symbol < 0;
+  const bool plain = exactRows && p.parts == 1 && e.bias[0] == nullptr && e.fn == Activation::none &&
+                     e.rounding == Rounding::none;
   if (plain && p.carrier == Carrier::stored && !integer) {
     bool scalarX = false, scalarW = false, direct = unscaled;
     if (!unscaled && p.x.scale[1].codec == ScaleCodec::none && p.weights[0].outer.codec == ScaleCodec::none &&
@@ -182,12 +206,10 @@ cudaError_t run(const Launch& launch) {
   }
 
   p.products = reinterpret_cast<float*>(take(int64_t{4} * p.parts * rows * p.n));
-  if (static_cast<uint64_t>(at - scratch) > scratchBytes) return cudaErrorMemoryAllocation;
+  if (!scratch.enough()) return cudaErrorMemoryAllocation;
   if (!unscaled) {
-    const size_t shared = zeroColumns(p) > 0 ? size_t(p.columns) / 8 * 4 : 0;
-    carryX<<<rows, kThreads, shared, launch.stream>>>(p);
-    const cudaError_t error = carryWeights(launch, p);
-    if (error != cudaSuccess) return error;
+    cudaError_t error;
+    if ((error = carryRows(launch, p, rows)) != cudaSuccess || (error = carryWeights(launch, p)) != cudaSuccess) return error;
   }
   product.strideD = p.n;
   product.strideC = p.n;
@@ -217,12 +239,64 @@ cudaError_t run(const Launch& launch) {
   return cudaGetLastError();
 }
 
+/** One product that is finished where its sums are; only operands that the tensor cores do not take as they lie are converted. */
+cudaError_t runHopper(const Launch& launch) {
+  GemmParams p;
+  Scratch scratch;
+  if (!read(launch, p, scratch) || p.xParts * p.wParts != 1) return cudaErrorInvalidValue;
+  const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
+  if (rows == 0) return cudaSuccess;
+
+  const bool bf16 = p.carrier == Carrier::bf16, f16 = p.carrier == Carrier::f16;
+  const bool bf16X = p.x.bits == 16 && !p.x.half && p.x.scale[0].codec == ScaleCodec::none;
+  const bool carriesX = f16 || (bf16 && !bf16X);
+  const bool carriesW = f16 || p.carrier == Carrier::s8 || (bf16 && (p.kind != CodeKind::bf16 || p.scaledW));
+  const int bytesW = p.carrier == Carrier::s8 ? 1 : 2;
+  if (carriesX) p.xCarrier = scratch.take(int64_t{2} * rows * p.columns);
+  if (carriesW) p.wCarrier = scratch.take(int64_t(bytesW) * p.parts * p.n * p.columns);
+  if (carriesX) p.xFactor = reinterpret_cast<float*>(scratch.take(int64_t{4} * rows));
+  if (carriesW) p.wFactor = reinterpret_cast<float*>(scratch.take(int64_t{4} * p.parts * p.n));
+  if (!scratch.enough()) return cudaErrorMemoryAllocation;
+  cudaError_t error;
+  if (carriesX && (error = carryRows(launch, p, rows)) != cudaSuccess) return error;
+  if (carriesW && (error = carryWeights(launch, p)) != cudaSuccess) return error;
+
+  Product product;
+  product.typeX = typeOf(p, true);
+  product.typeW = typeOf(p, false);
+  product.parts = p.parts;
+  product.n = p.n;
+  product.k = carriesX && carriesW ? p.columns : p.k;
+  product.rows = p.x.rows;
+  product.epilogue = p.epilogue;
+  product.x = carriesX ? p.xCarrier : p.x.at;
+  product.strideX = carriesX ? int64_t{2} * p.columns : p.x.stride;
+  product.strideW = carriesW ? int64_t(bytesW) * p.columns : p.rowBytes;
+  const auto factors = [](const float* at) {
+    Blocks blocks;
+    blocks.at = reinterpret_cast<const uint8_t*>(at);
+    blocks.codec = ScaleCodec::f32;
+    return blocks;
+  };
+  if (carriesX) product.scaleX[0] = factors(p.xFactor);
+  else std::copy_n(p.x.scale, 2, product.scaleX);
+  for (int part = 0; part < p.parts; part++) {
+    const Weights& w = p.weights[part];
+    product.w[part] = carriesW ? p.wCarrier + int64_t(bytesW) * part * p.n * p.columns : w.codes;
+    product.scaleW[part][0] = carriesW ? factors(p.wFactor + int64_t(part) * p.n) : w.scale;
+    if (!carriesW) product.scaleW[part][1] = w.outer;
+  }
+  return product.typeX == CublasLt::kS8      ? productS8(launch, product)
+         : bf16 || f16 || p.x.bits == 16     ? product16(launch, product)
+                                             : product8(launch, product);
+}
+
 }  // namespace
 }  // namespace fewbit::linear
 
 namespace fewbit {
 extern const Entry kLinearGemmEntries[];
 extern const size_t kLinearGemmEntryCount;
-const Entry kLinearGemmEntries[] = {{"linear/gemm", 1, linear::run}};
+const Entry kLinearGemmEntries[] = {{"linear/gemm", 2, linear::run}, {"linear/wgmma", 1, linear::runHopper}};
 const size_t kLinearGemmEntryCount = sizeof kLinearGemmEntries / sizeof *kLinearGemmEntries;
 }  // namespace fewbit

@@ -78,6 +78,8 @@ cudaError_t matmul(const Launch& launch, const Matmul& p) {
              set(*blas, d.desc, CublasLt::kScaleModeB, int32_t{p.mode});
     if (!made) return cudaErrorNotSupported;  // an older library without this mode
   }
+  // Rows of the table take float8 operands only where the step declares short sums.
+  if (made && bytesOf(p.typeX) == 1 && !integer) made = set(*blas, d.desc, CublasLt::kFastAccum, int8_t{1});
   if (!made) return cudaErrorUnknown;
 
   const void* c = p.c == nullptr ? p.d : p.c;

@@ -182,9 +182,22 @@ struct Epilogue {
       out(row, column) = value;
       return;
     }
-    const unsigned short code = rounding == Rounding::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
-                                                           : __half_as_ushort(__float2half_rn(value));
-    reinterpret_cast<unsigned short*>(out.at)[row * out.stride + column] = code;
+    reinterpret_cast<unsigned short*>(out.at)[row * out.stride + column] = code(value);
+  }
+  /** Four columns from one that is a multiple of four; rows start on 16 bytes, or 8 with `rounding`. */
+  __device__ __forceinline__ void store4(int64_t row, int64_t column, float4 v) const {
+    if (rounding == Rounding::none) {
+      *reinterpret_cast<float4*>(&out(row, column)) = v;
+      return;
+    }
+    const uint32_t low = code(v.x) | code(v.y) << 16, high = code(v.z) | code(v.w) << 16;
+    *reinterpret_cast<uint2*>(reinterpret_cast<unsigned short*>(out.at) + row * out.stride + column) = make_uint2(low, high);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t code(float value) const {
+    return rounding == Rounding::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                      : __half_as_ushort(__float2half_rn(value));
   }
 };
 

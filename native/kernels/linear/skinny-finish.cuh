@@ -4,7 +4,7 @@
 
 namespace fewbit::linear {
 
-// Called by the one warp that finishes: kept out of line, because instructions that do not fit the cache are slower than calls.
+// Called by the warps that finish: kept out of line, because instructions that do not fit the cache are slower than calls.
 static __device__ __noinline__ float decodeCall(ScaleCodec codec, uint32_t bits) { return decodeScale(codec, bits); }
 static __device__ __noinline__ float activateCall(Activation fn, float x) { return activate(fn, x); }
 
@@ -54,37 +54,69 @@ struct Finish {
     }
     float first = finished[0] + residual;
     if (p.epilogue.fn != Activation::none) first = activateCall(p.epilogue.fn, first);
-    p.epilogue.out(m, n) = p.parts == 2 ? first * finished[1] : first;
+    p.epilogue.store(m, n, p.parts == 2 ? first * finished[1] : first);
   }
 };
 
-struct NoWait {
-  __device__ void operator()() const {}
-};
-
-/** Adds up a tile's sums over `Meeting` warps and the parts of x, and stores them; one warp, after `wait`. */
-template <int Meeting, int Tiles, class Wait = NoWait>
-__device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sheets, int m0, int n0, int perTile, int rows,
-                                          Wait wait = Wait()) {
+/**
+ * Adds up a tile's sums over the workers and the parts of x, and stores them, after `wait`. One of `kFinishers` warps; `sheets` are
+ * the workers' copies.
+ */
+template <int Tiles, class Wait>
+__device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sheets, int finisher, int m0, int n0, int rows,
+                                          Wait wait) {
+  constexpr int step = 32 * kFinishers(Tiles);
   const int sheet = sheetOf<Tiles>(p);
-  const int lane = threadIdx.x % 32;
-  const int outputs = perTile * rows;
-  const int pieces = singleRow(p) ? 1 : p.parts3;
+  const int shift = p.parts == 2 ? 3 : 4, perTile = 1 << shift;
   const bool finishes = p.partial == nullptr;
+  const auto sumOf = [&](const float* at) {
+    float of[kWorkers];
+#pragma unroll
+    for (int w = 0; w < kWorkers; w++) of[w] = at[w * sheet];
+#pragma unroll
+    for (int apart = kWorkers / 2; apart > 0; apart /= 2)
+#pragma unroll
+      for (int w = 0; w < apart; w++) of[w] += of[w + apart];
+    return of[0];
+  };
+  const auto keep = [&](const Finish& last, int m, int n, const float (&y)[2]) {
+    if (finishes) {
+      last.store(p, m0 + m, n, y);
+    } else {
+      float* slice = p.partial + (int64_t(blockIdx.y) * p.partialRows + m0 + m) * (int64_t(p.n) * p.parts);
+      slice[n] = y[0];
+      if (p.parts == 2) slice[p.n + n] = y[1];
+    }
+  };
+  const int lane = threadIdx.x % 32;
+  if (singleRow(p)) {
+    // One turn for all; every finisher but the first has nothing.
+    const int n = n0 + lane;
+    const bool mine = finisher == 0 && lane < perTile && n < p.n;
+    Finish last;
+    if (finishes && mine) last.fetch(p, m0, n);
+    __syncwarp();
+    wait();
+    if (!mine) return;
+    const float y[2] = {sumOf(sheets + lane), p.parts == 2 ? sumOf(sheets + lane + perTile) : 0.0f};
+    keep(last, 0, n, y);
+    return;
+  }
+  const int outputs = perTile * rows;
+  const int pieces = p.parts3;
   Finish next;
   // The first turn only fetches.
 #pragma unroll 1
-  for (int i = lane - 32; i < outputs; i += 32) {
+  for (int i = finisher * 32 + lane - step; i < outputs; i += step) {
     const Finish current = next;
-    const int later = i + 32;
-    if (finishes && later < outputs && n0 + later % perTile < p.n) next.fetch(p, m0 + later / perTile, n0 + later % perTile);
+    const int later = i + step, laterN = n0 + (later & (perTile - 1));
+    if (finishes && later < outputs && laterN < p.n) next.fetch(p, m0 + (later >> shift), laterN);
     if (i < 0) {
       __syncwarp();
       wait();
       continue;
     }
-    const int m = i / perTile, row = i % perTile;
-    const int n = n0 + row;
+    const int m = i >> shift, row = i & (perTile - 1);
     float y[2] = {0.0f, 0.0f};
 #pragma unroll 1
     for (int part = 0; part < p.parts; part++) {
@@ -93,32 +125,16 @@ __device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sh
       if (p.promote == Promote::integer) {
         int exact = 0;
 #pragma unroll
-        for (int w = 0; w < Meeting; w++) exact += __float_as_int(column[w * sheet]);
+        for (int w = 0; w < kWorkers; w++) exact += __float_as_int(column[w * sheet]);
         sum = finishes ? static_cast<float>(exact) : __int_as_float(exact);
       } else {
 #pragma unroll 1
-        for (int piece = pieces - 1; piece >= 0; piece--) {
-          float of[Meeting];
-#pragma unroll
-          for (int w = 0; w < Meeting; w++) of[w] = column[w * sheet + piece * p.columnsOfX * kPitch];
-#pragma unroll
-          for (int step = Meeting / 2; step > 0; step /= 2)
-#pragma unroll
-            for (int w = 0; w < step; w++) of[w] += of[w + step];
-          sum += of[0];
-        }
+        for (int piece = pieces - 1; piece >= 0; piece--) sum += sumOf(column + piece * p.columnsOfX * kPitch);
       }
       y[0] = part == 0 ? sum : y[0];
       y[1] = part == 1 ? sum : y[1];
     }
-    if (n >= p.n) continue;
-    if (finishes) {
-      current.store(p, m0 + m, n, y);
-    } else {
-      float* slice = p.partial + (int64_t(blockIdx.y) * p.partialRows + m0 + m) * (int64_t(p.n) * p.parts);
-      slice[n] = y[0];
-      if (p.parts == 2) slice[p.n + n] = y[1];
-    }
+    if (n0 + row < p.n) keep(current, m, n0 + row, y);
   }
 }
 

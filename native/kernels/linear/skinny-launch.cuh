@@ -7,6 +7,9 @@
 
 namespace fewbit::linear {
 
+/** Shared memory of a block beside which the next kernel's finds room, and some for small kernels between the two. */
+inline size_t sharedForTwo(const Context& device) { return (device.sharedPerBlock - 1024) / 2 - 10 * 1024; }
+
 /** Chooses slices of K, stages and the grid, and enqueues. */
 template <class Codes, int Tiles, class Mode>
 cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_t scratchBytes) {
@@ -14,108 +17,107 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const Context& device = *launch.context;
   const int64_t sliceBytes = int64_t{4} * rows * p.n * p.parts;
   const int mostSlices = std::max<int64_t>(1, std::min<int64_t>(scratchBytes / sliceBytes, 64));
-  const int chunks = (p.k + C::k - 1) / C::k;
+  const int chunks = chunksOf<Codes>(p.k);
+  const auto bytesWith = [&](int stages) {
+    p.stages = stages;
+    return sharedOf<Codes, Tiles, Mode>(p).total;
+  };
   // All of K in one slice where x fits; then as few slices, and as few passes over the weights, as fit.
   int slices = 0, passes = 1;
   const int wanted = p.columnsOfX;
   for (; slices == 0; passes++) {
     p.columnsOfX = (wanted + passes - 1) / passes;
     for (int s = 1; s <= std::min(mostSlices, chunks); s++) {
-      p.kSlice = (chunks + s - 1) / s * C::k;
-      p.stages = 2;
-      if (sharedOf<Codes, Tiles>(p).total <= device.sharedPerBlock) {
+      p.kSlice = s == 1 ? chunks * C::k : ((chunks + s - 1) / s + kWorkers - 1) / kWorkers * kWorkers * C::k;
+      if (bytesWith(2) <= device.sharedPerBlock) {
         slices = (chunks * C::k + p.kSlice - 1) / p.kSlice;
         break;
       }
     }
     if (slices == 0 && p.columnsOfX == 1) return cudaErrorInvalidConfiguration;
   }
-  const int mostStages = kWarps(Tiles) > 16 ? 3 : 4;
-  while (p.stages < mostStages) {
-    p.stages++;
-    if (sharedOf<Codes, Tiles>(p).total > device.sharedPerBlock) {
-      p.stages--;
-      break;
-    }
-  }
+  // As many stages as leave room for a second block; where x is too large for that, as many as fit.
+  const size_t most = bytesWith(3) <= sharedForTwo(device) ? sharedForTwo(device) : device.sharedPerBlock;
+  int stages = 2;
+  while (stages < kMostStages && bytesWith(stages + 1) <= most) stages++;
+  const size_t shared = bytesWith(stages);
   if (slices == 1) p.partial = nullptr;
   p.partialRows = rows;
   const int perTile = 16 / p.parts;
   const int tiles = (p.n + perTile - 1) / perTile;
-  const int tilesOfBlock = sharesK(Tiles) ? 1 : kWarps(Tiles);
   const int layers = (rows + p.columnsOfX - 1) / p.columnsOfX;
-  const dim3 grid(std::max(1, std::min((tiles + tilesOfBlock - 1) / tilesOfBlock, device.sms / (slices * layers))), slices,
-                  layers);
-  const size_t shared = sharedOf<Codes, Tiles>(p).total;
+  int blocks = device.sms * (shared <= sharedForTwo(device) ? 2 : 1);
+  const dim3 grid(std::max(1, std::min(tiles, blocks / (slices * layers))), slices, layers);
   static size_t allowed[16] = {};  // per device: the attribute is set when a launch needs more than before
-  size_t& most = allowed[device.device & 15];
-  if (shared > most) {
+  size_t& allowedHere = allowed[device.device & 15];
+  if (shared > allowedHere) {
     const cudaError_t error =
         cudaFuncSetAttribute(skinny<Codes, Tiles, Mode>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
-    most = shared;
+    allowedHere = shared;
   }
   const cudaError_t error = launchOverlapped(launch, skinny<Codes, Tiles, Mode>, grid, kThreads(Tiles), shared, p);
   if (error != cudaSuccess || slices == 1) return error;
   const int64_t outputs = int64_t(rows) * p.n;
-  const int blocks = static_cast<int>(std::min<int64_t>((outputs + 255) / 256, device.sms * 8));
-  return launchOverlapped(launch, finishSlices, dim3(blocks), 256, 0, p, slices);
+  const int finishing = static_cast<int>(std::min<int64_t>((outputs + 255) / 256, device.sms * 8));
+  return launchOverlapped(launch, finishSlices, dim3(finishing), 256, 0, p, slices);
 }
 
-/** Codes common enough for kernels of their own where x has many columns or scales are plain. */
-template <class Codes>
-struct Wide : std::false_type {};
-template <>
-struct Wide<Bf16Codes> : std::true_type {};
-template <>
-struct Wide<E4m3Codes> : std::true_type {};
-template <>
-struct Wide<E5m2Codes> : std::true_type {};
-template <>
-struct Wide<E2m1Codes> : std::true_type {};
-template <>
-struct Wide<Int4Codes> : std::true_type {};
-template <>
-struct Wide<IntCodes<8>> : std::true_type {};
-
+/** Kernels for up to 8 columns of x, and for up to 32 where the mode is a hot one; rows beyond them take another pass. */
 template <class Codes, class Mode>
 cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_t scratchBytes) {
-  // Rows that do not fit in the columns of one pass over the weights take another.
-  constexpr bool wide = Wide<Codes>::value;
-  const int most = (wide ? 32 : 8) / p.parts3;
+  const int most = (Mode::fixed ? 32 : 8) / p.parts3;
   const int passes = (rows + most - 1) / most;
   p.columnsOfX = (rows + passes - 1) / passes;
-  if constexpr (wide) {
+  if constexpr (Mode::fixed) {
     if (p.columnsOfX * p.parts3 > 8) return launchSkinny<Codes, 4, Mode>(launch, p, rows, scratchBytes);
   }
   return launchSkinny<Codes, 1, Mode>(launch, p, rows, scratchBytes);
 }
 
-/** Whether every segment count of a unit has one scale of the codec, one row a block, and zero points as `zero` says. */
-inline bool grouped(const SkinnyParams& p, int unit, ScaleCodec codec, bool zero) {
+/** Whether scales can come with the weights: rows of them, one for each row, are copied in pieces of 16 bytes. */
+inline bool rowsOfScales(const SkinnyParams& p, int chunk, bool zero) {
+  bool copied = p.k % chunk == 0;
+  for (int part = 0; part < p.parts; part++) {
+    const Weights& w = p.weights[part];
+    const int bytes = w.scale.columns * scaleBytes(w.scale.codec);
+    const uintptr_t at = reinterpret_cast<uintptr_t>(w.scale.at) | (zero ? reinterpret_cast<uintptr_t>(w.zero.at) : 0);
+    copied = copied && w.scale.rows == 1 && bytes % 16 == 0 && at % 16 == 0;
+    if (zero) copied = copied && w.zero.rows == 1 && w.zero.codec == w.scale.codec && w.zero.k == w.scale.k;
+  }
+  return copied;
+}
+
+/** Whether `unit` segments have one scale of the codec, one row a block, and zero points as `zero` says. */
+template <class Codes>
+bool grouped(const SkinnyParams& p, int unit, ScaleCodec codec, bool zero) {
   const Weights& w = p.weights[0];
-  return p.promote == Promote::scaled && p.unit == unit && w.scale.k == unit * 32 && w.scale.rows == 1 &&
-         w.scale.codec == codec && !p.element.zeros && p.floatZero == zero && (!zero || w.zero.codec == ScaleCodec::bf16);
+  return p.promote == Promote::scaled && p.unit == unit && w.scale.k == unit * 32 && w.scale.codec == codec &&
+         !p.element.zeros && p.floatZero == zero && rowsOfScales(p, Chunk<Codes::bits>::k, zero);
 }
 
 template <class Codes>
 cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64_t scratchBytes) {
-  if constexpr (Wide<Codes>::value) {
-    if (p.promote == Promote::end && !p.element.zeros && !p.fold)
-      return chooseTiles<Codes, Plain>(launch, p, rows, scratchBytes);
+  const bool plain = p.promote == Promote::end && !p.element.zeros && !p.fold;
+  if constexpr (std::is_same_v<Codes, E4m3Codes>) {
+    if (plain) return chooseTiles<Codes, Plain>(launch, p, rows, scratchBytes);
+  }
+  if constexpr (std::is_same_v<Codes, IntCodes<8>>) {
+    if (plain && p.element.flip == 128 && p.element.offset == 128.0f)
+      return chooseTiles<SignedBytes, Plain>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, Int4Codes>) {
-    if (grouped(p, 2, ScaleCodec::bf16, true))
+    if (grouped<Codes>(p, 2, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<2, true>>(launch, p, rows, scratchBytes);
-    if (grouped(p, 4, ScaleCodec::bf16, true))
+    if (grouped<Codes>(p, 4, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<4, true>>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes>) {
-    if (p.fold && p.weights[0].scale.codec == ScaleCodec::e4m3)
+    if (p.fold && p.weights[0].scale.codec == ScaleCodec::e4m3 && rowsOfScales(p, Chunk<4>::k, false))
       return chooseTiles<Codes, Folded>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes> || std::is_same_v<Codes, E4m3Codes>) {
-    if (grouped(p, 1, ScaleCodec::e8m0, false))
+    if (grouped<Codes>(p, 1, ScaleCodec::e8m0, false))
       return chooseTiles<Codes, Grouped<1, false, 1>>(launch, p, rows, scratchBytes);
   }
   return chooseTiles<Codes, Any>(launch, p, rows, scratchBytes);

@@ -1,69 +1,203 @@
 // x in shared memory, as the columns of bf16 that the skinny kernels multiply.
 #pragma once
-#include "skinny-params.cuh"
+#include "skinny-ring.cuh"
 
 namespace fewbit::linear {
 
-/** x of this slice, split and laid out as [segment][column][lane % 4][8]. */
-template <class Codes, int Tiles>
-__device__ void stageX(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, int m0, int rows, int begin,
-                       int count) {
-  const int threads = blockDim.x;
-  const int segments = segmentsOf<Codes>(count);
-  const int columns = p.columnsOfX * p.parts3;
-  const bool vector = p.x.bits == 0 && ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0;
-  const int octets = segments * 4 * p.columnsOfX;
-  float* sums = reinterpret_cast<float*>(shared + at.sums);
-  if (p.floatZero) {
-    for (int i = threadIdx.x; i < segments / p.unit * Tiles * 8; i += threads) sums[i] = 0.0f;
-    __syncthreads();
+/** The three bf16 parts of a float32, 8 bits each; what is not finite stays in the first. */
+__device__ __forceinline__ void splitBf16(float value, uint32_t (&part)[3]) {
+  const uint32_t bits = __float_as_uint(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  const uint32_t high = bits & 0xffff0000u;
+  const float rest = value - __uint_as_float(high);
+  const uint32_t middle = __float_as_uint(rest) & 0xffff0000u;
+  const uint32_t low = __float_as_uint(rest - __uint_as_float(middle));
+  part[0] = (isnan(value) ? 0x7fc00000u : high) >> 16;
+  part[1] = finite ? middle >> 16 : 0;
+  part[2] = finite ? low >> 16 : 0;
+}
+
+/** Where a worker's octets (8 neighbouring elements) of x lie: in its chunks, which are every `kWorkers`th. */
+template <class Codes>
+struct Octets {
+  using C = Chunk<Codes::bits>;
+  static constexpr int ofChunk = C::k / 8;
+  int warp, count;
+  __device__ __forceinline__ Octets(const Walk<Codes>& walk, int warp)
+      : warp(warp), count(walk.chunks > warp ? (walk.chunks - warp + kWorkers - 1) / kWorkers * ofChunk : 0) {}
+  __device__ __forceinline__ int chunk(int octet) const { return warp + octet / ofChunk * kWorkers; }
+  __device__ __forceinline__ int k(int octet) const { return chunk(octet) * C::k + octet % ofChunk * 8; }
+  /** Bytes from the first octet of the first column in shared memory. */
+  __device__ __forceinline__ int at(int octet, int columns) const {
+    return (chunk(octet) * C::segments + octet % ofChunk / 4) * (columns * 64) + octet % 4 * 16;
   }
-  for (int i = threadIdx.x; i < (octets + 31) / 32 * 32; i += threads) {
-    const int octet = i % (segments * 4);
-    const int m = i / (segments * 4);  // beyond the last row for the last lanes: they take part in the exchange only
-    const int k = begin + octet * 8;
-    float values[8];
-    if (m >= rows || k >= p.k) {
+};
+
+/** Sums of x over what is promoted together, for the columns of first parts; the octets of a unit are neighbouring lanes. */
+template <class Codes, int Tiles>
+struct SumsOfX {
+  float* at;
+  int shift;  // octets of a unit, as a power of two
+  __device__ __forceinline__ void add(const Octets<Codes>& octets, int octet, int m, float sum) const {
+    for (int apart = 1 << shift >> 1; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+    if (octet >= octets.count || (octet & ((1 << shift) - 1)) != 0) return;
+    const int inChunk = octet % Octets<Codes>::ofChunk;
+    float* row = at + (octets.chunk(octet) * (Octets<Codes>::ofChunk >> shift) + (inChunk >> shift)) * (Tiles * 8);
+    if (m == 0) {
 #pragma unroll
-      for (int j = 0; j < 8; j++) values[j] = 0.0f;
-    } else if (vector && k + 8 <= p.k) {
-      const float4* source = reinterpret_cast<const float4*>(p.x.at + (m0 + m) * p.x.stride) + k / 4;
-      const float4 a = source[0], b = source[1];
-      values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
-      values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
+      for (int i = 0; i < Tiles * 2; i++) reinterpret_cast<float4*>(row)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    row[m] = sum;
+  }
+};
+
+/** Eight elements of x of `Width` bits as they lie in memory, and their bf16 parts in the order of the codes' pairs. */
+template <class Codes, int Width>
+struct Octet {
+  static constexpr int parts = Width == 32 ? 3 : 1;
+  uint4 raw[Width == 32 ? 2 : 1];
+
+  __device__ __forceinline__ void load(const uint8_t* at) {
+    if constexpr (Width == 8) {
+      const uint2 two = *reinterpret_cast<const uint2*>(at);
+      raw[0].x = two.x, raw[0].y = two.y;
     } else {
-      for (int j = 0; j < 8; j++) {
-        values[j] = 0.0f;
-        if (k + j < p.k) {
-          values[j] = p.x.code(m0 + m, k + j);
-          if (!p.separable) values[j] *= p.x.scaleAt(m0 + m, k + j);
+      raw[0] = *reinterpret_cast<const uint4*>(at);
+      if constexpr (Width == 32) raw[1] = *reinterpret_cast<const uint4*>(at + 16);
+    }
+  }
+  __device__ __forceinline__ void clear() {
+    raw[0] = make_uint4(0, 0, 0, 0);
+    if constexpr (Width == 32) raw[1] = raw[0];
+  }
+  __device__ __forceinline__ static uint32_t upper(const uint32_t (&bits)[8], int pair) {
+    return __byte_perm(bits[Codes::first(pair)], bits[Codes::first(pair) + Codes::apart], 0x7632);
+  }
+  /** Stores the parts `apart` bytes from each other; returns the sum of the values. */
+  __device__ __forceinline__ float store(const float* table, uint8_t* target, int apart, bool stores) const {
+    uint32_t bits[8];
+    const uint32_t words[4] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if constexpr (Width == 32) bits[j] = j < 4 ? words[j] : (&raw[1].x)[j - 4];
+      if constexpr (Width == 16) bits[j] = j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u;
+      if constexpr (Width == 8) bits[j] = __float_as_uint(__ldg(table + (words[j / 4] >> (8 * (j % 4)) & 0xffu)));
+    }
+    const auto valueOf = [&](int j) { return __uint_as_float(bits[j]); };
+    const float sum =
+        ((valueOf(0) + valueOf(1)) + (valueOf(2) + valueOf(3))) + ((valueOf(4) + valueOf(5)) + (valueOf(6) + valueOf(7)));
+    uint32_t largest = 0;
+    if constexpr (Width == 32) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) largest = max(largest, bits[j] & 0x7fffffffu);
+    }
+#pragma unroll
+    for (int part = 0; part < parts; part++) {
+      uint32_t top[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) top[j] = bits[j];
+      if (part == 0 && largest >= 0x7f800000u) {
+        // What is not finite stays in the first part; a NaN's upper half must be one too.
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+          if ((bits[j] & 0x7fffffffu) > 0x7f800000u) top[j] = 0x7fc00000u;
+          if ((bits[j] & 0x7f800000u) == 0x7f800000u) bits[j] = 0u;
         }
       }
-    }
-    if (p.floatZero) {
-      // Sums of x over what is promoted together, for the columns of first parts; the octets of a unit are neighbouring lanes.
-      float sum = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
-      for (int step = p.unit * 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (octet % (p.unit * 4) == 0 && i < octets) sums[octet / (p.unit * 4) * (Tiles * 8) + m] = sum;
-    }
-    if (i >= octets) continue;
-    uint32_t parts[8][3];
+      if (stores)
+        *reinterpret_cast<uint4*>(target + part * apart) = make_uint4(upper(top, 0), upper(top, 1), upper(top, 2), upper(top, 3));
+      if (part + 1 < parts) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) splitBf16(values[j], parts[j]);
-    uint8_t* target = shared + at.x + (octet / 4) * (columns * 64) + m * 64 + (octet % 4) * 16;
-    for (int part = 0; part < p.parts3; part++) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int low = Codes::interleaved ? j : 2 * j;
-        const int high = Codes::interleaved ? j + 4 : 2 * j + 1;
-        const uint32_t a = part == 0 ? parts[low][0] : part == 1 ? parts[low][1] : parts[low][2];
-        const uint32_t b = part == 0 ? parts[high][0] : part == 1 ? parts[high][1] : parts[high][2];
-        words[j] = a | (b << 16);
+        for (int j = 0; j < 8; j++) bits[j] = __float_as_uint(valueOf(j) - __uint_as_float(bits[j] & 0xffff0000u));
       }
-      *reinterpret_cast<uint4*>(target + part * p.columnsOfX * 64) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    return sum;
+  }
+};
+
+/** x whose elements of `Width` bits can be loaded eight at a time; code 0 is 0. */
+template <class Codes, int Tiles, int Width>
+__device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* target, const SumsOfX<Codes, Tiles>& sums,
+                                            const Walk<Codes>& walk, const Octets<Codes>& octets, int m0, int rows) {
+  constexpr int batch = Width == 32 ? 2 : 4;  // octets that a lane loads at once
+  const int lane = threadIdx.x % 32;
+  const int columns = p.columnsOfX * p.parts3;
+#pragma unroll 1
+  for (int m = 0; m < p.columnsOfX; m++) {
+    const uint8_t* row = p.x.at + (m0 + m) * p.x.stride;
+#pragma unroll 1
+    for (int first = lane; first - lane < octets.count; first += 32 * batch) {
+      Octet<Codes, Width> loaded[batch];
+#pragma unroll
+      for (int b = 0; b < batch; b++) {
+        const int k = walk.begin + octets.k(first + b * 32);
+        loaded[b].clear();
+        if (first + b * 32 < octets.count && m < rows && k < p.k) loaded[b].load(row + int64_t(k) * Width / 8);
+      }
+#pragma unroll
+      for (int b = 0; b < batch; b++) {
+        const int octet = first + b * 32;
+        if (octet - lane >= octets.count) break;
+        const float sum =
+            loaded[b].store(p.x.table, target + octets.at(octet, columns) + m * 64, p.columnsOfX * 64, octet < octets.count);
+        if (p.floatZero) sums.add(octets, octet, m, sum);
+      }
     }
   }
+}
+
+/** x of any kind, an element at a time. */
+template <class Codes, int Tiles>
+__device__ __noinline__ void stageElements(const SkinnyParams& p, uint8_t* target, SumsOfX<Codes, Tiles> sums, Walk<Codes> walk,
+                                           Octets<Codes> octets, int m0, int rows) {
+  const int lane = threadIdx.x % 32;
+  const int columns = p.columnsOfX * p.parts3;
+#pragma unroll 1
+  for (int m = 0; m < p.columnsOfX; m++) {
+#pragma unroll 1
+    for (int octet = lane; octet - lane < octets.count; octet += 32) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int j = 0; j < 8; j++) {
+        const int k = walk.begin + octets.k(octet) + Codes::first(j / 2) + j % 2 * Codes::apart;
+        float value = 0.0f;
+        if (octet < octets.count && m < rows && k < p.k) {
+          value = p.x.code(m0 + m, k);
+          if (!p.separable && p.x.bits != 0) value *= p.x.scaleAt(m0 + m, k);
+        }
+        sum += value;
+        uint32_t part[3];
+        splitBf16(value, part);
+        if (octet >= octets.count) continue;
+        unsigned short* at = reinterpret_cast<unsigned short*>(target + octets.at(octet, columns) + m * 64) + j;
+        at[0] = static_cast<unsigned short>(part[0]);
+        if (p.parts3 == 1) continue;
+        at[p.columnsOfX * 32] = static_cast<unsigned short>(part[1]);
+        at[p.columnsOfX * 64] = static_cast<unsigned short>(part[2]);
+      }
+      if (p.floatZero) sums.add(octets, octet, m, sum);
+    }
+  }
+}
+
+/**
+ * A worker's chunks of x, split and laid out as [segment][column][lane % 4][8], and their sums over what is promoted together where
+ * zero points multiply those. Each worker reads only what it stored itself.
+ */
+template <class Codes, int Tiles, class Mode>
+__device__ __forceinline__ void stageX(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, const Walk<Codes>& walk,
+                                       int warp, int m0, int rows) {
+  const Octets<Codes> octets(walk, warp);
+  const int unit = Mode::fixed && Mode::scaled ? Mode::unit : p.unit;
+  const SumsOfX<Codes, Tiles> sums{reinterpret_cast<float*>(shared + at.sums), 33 - __clz(unit)};
+  uint8_t* target = shared + at.x;
+  const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
+  const bool exact = aligned && p.separable && p.x.zero.codec == ScaleCodec::none;
+  if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.x.bits == 8) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, m0, rows);
+  else stageElements<Codes, Tiles>(p, target, sums, walk, octets, m0, rows);
+  __syncwarp();
 }
 
 }  // namespace fewbit::linear

@@ -56,6 +56,6 @@ cudaError_t run(const Launch& launch) {
 namespace fewbit {
 extern const Entry kLinearSkinnyEntries[];
 extern const size_t kLinearSkinnyEntryCount;
-const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 1, linear::run}};
+const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 2, linear::run}};
 const size_t kLinearSkinnyEntryCount = sizeof kLinearSkinnyEntries / sizeof *kLinearSkinnyEntries;
 }  // namespace fewbit

@@ -10,7 +10,7 @@ namespace {
 enum Arg {
   kSize, kCodec, kHeads, kKvHeads, kBatch, kScale, kSoftcap, kCausal, kWindow, kTokens, kTokensSymbol, kKeyCount, kKeySymbol,
   kPosition, kPage, kRing, kTokenMajor, kQueryBits, kQueryStride, kQueryColumn, kMask, kSinks, kPages, kMaskBatch, kMaskHeads,
-  kKeyScales, kKeyZeros, kValueScales, kValueZeros, kSplits, kRound, kQueryScales
+  kKeyScales, kKeyZeros, kValueScales, kValueZeros, kSplits, kRound, kQueryScales, kRounds, kEarly
 };
 
 float floatArg(int64_t arg) {
@@ -21,9 +21,10 @@ float floatArg(int64_t arg) {
 }
 
 /**
- * q, k, v, [mask,] [sinks,] [pages,] out[, scratch]. k and v bind the whole stored tensor; the args have the byte offsets of their
+ * q, k, v, [mask,] [sinks,] [pages,] out[, scratch, arrivals]. k and v bind the whole stored tensor; the args have the byte offsets of their
  * scales and zero points. Splits: blocks at most among which the keys of a KV head are divided, for each of which scratch has
- * room for (Size + 2) floats a query row, rows rounded up to 8; or 0 for a cluster, which needs no scratch.
+ * room for (Size + 2) floats a query row, rows rounded up to 8, and arrivals a zero for each KV head and 8 rows; or 0 for a cluster, which
+ * needs neither.
  */
 cudaError_t runDecode(const Launch& launch) {
   const int64_t* a = launch.args;
@@ -40,7 +41,7 @@ cudaError_t runDecode(const Launch& launch) {
   if (a[kMask]) p.mask = static_cast<const float*>(buffer(at++));
   if (a[kSinks]) p.sinks = static_cast<const float*>(buffer(at++));
   if (a[kPages]) p.pages = static_cast<const uint32_t*>(buffer(at++));
-  p.out = static_cast<float*>(buffer(at++));
+  p.out = buffer(at++);
   p.symbols = launch.deviceSymbols;
   p.tokens = {a[kTokens], a[kTokensSymbol]};
   p.keys = {a[kKeyCount], a[kKeySymbol]};
@@ -62,13 +63,18 @@ cudaError_t runDecode(const Launch& launch) {
   p.softcap = floatArg(a[kSoftcap]);
   p.round = floatArg(a[kRound]);
   p.queryScales = reinterpret_cast<const float*>(static_cast<const char*>(p.q) + a[kQueryScales]);
+  p.rounds = static_cast<int>(a[kRounds]);
+  p.early = static_cast<int>(a[kEarly]);
   const int planes = static_cast<int>(a[kBatch]) * p.kvHeads;
   const int rows = static_cast<int>(p.tokens.at(launch.symbols)) * p.group;
   if (rows == 0) return cudaSuccess;
   // A block for every multiprocessor.
   const int blocks = planes * ((rows + 7) / 8);
   const int splits = a[kSplits] == 0 ? 0 : std::clamp<int>(launch.context->sms / blocks, 1, static_cast<int>(a[kSplits]));
-  if (splits != 0) p.parts = static_cast<float*>(buffer(at));
+  if (splits != 0) {
+    p.parts = static_cast<float*>(buffer(at));
+    p.arrivals = static_cast<uint32_t*>(buffer(at + 1));
+  }
   const auto start = [&](auto run) { return run(launch, p, splits, planes, rows, static_cast<int>(a[kSize])); };
   // In the order of `CACHES` in sdpa-decode.ts.
   switch (a[kCodec]) {
@@ -84,7 +90,7 @@ cudaError_t runDecode(const Launch& launch) {
 
 }  // namespace
 
-extern const Entry kSdpaDecodeEntries[] = {{"sdpa/decode", 1, runDecode}};
+extern const Entry kSdpaDecodeEntries[] = {{"sdpa/decode", 2, runDecode}};
 extern const size_t kSdpaDecodeEntryCount = 1;
 
 }  // namespace fewbit

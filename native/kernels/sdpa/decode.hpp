@@ -16,9 +16,11 @@ struct DecodeParams {
   Operand k, v;
   const float *mask, *sinks;
   const uint32_t *pages, *symbols;
-  float *out, *parts;
+  void* out;
+  float* parts;        // of splits, each (size + 2) floats a row
+  uint32_t* arrivals;  // of splits: one a KV head and block of rows, zero between launches
   Extent tokens, keys;  // keys: room for them in k, or all of them without a position
-  int position, page, ring, heads, kvHeads, group, causal, window, tokenMajor, maskBatch, maskHeads, queryBits;
+  int position, page, ring, heads, kvHeads, group, causal, window, tokenMajor, maskBatch, maskHeads, queryBits, rounds, early;  // rounds: out is bf16; early: keys before the position were there before this run
   int64_t queryStride, queryColumn;
   float scale, softcap, round;  // round: probabilities times this become e4m3; 0 keeps them
 };

@@ -10,34 +10,95 @@ namespace {
 
 using Params = DecodeParams;
 
-/** Warps of a block, which read neighbouring tiles: memory answers few long streams faster than many short ones. */
-template <class C, bool Joined>
-constexpr int kWarps = Joined || C::kBits == 32 ? 4 : 8;
-template <class C>
-constexpr bool kGrouped = C::kZero != 0;
+/** Blocks of a cluster, which join their results in shared memory. */
+constexpr int kCluster = 8;
+/** Keys at least for which a split is worth its join. */
+constexpr int kLeastKeys = 256;
 
-/** Keys that a warp takes at a time: more where they are small, so that its waits are fewer, unless there are few keys. */
-template <class C, bool Joined>
-constexpr int kKeys = !Joined && C::kBits < 8 ? 32 : 16;
-
-/** A tile of keys in shared memory: rows are apart so that neither k's nor v's readers meet in a bank. */
-template <class C, int Size, bool Joined>
-struct Ring {
-  static constexpr int Keys = kKeys<C, Joined>, kWarps = sdpa::kWarps<C, Joined>;
-  static constexpr int kRow = Size * C::kBits / 8;
-  static constexpr int kGroups = kGrouped<C> ? Size / 32 : 1;
+/** What the bytes of a cached row are. */
+template <class C, int Size>
+struct Row {
+  static constexpr int kBytes = Size * C::kBits / 8;
+  static constexpr bool kGrouped = C::kZero != 0;
+  static constexpr int kGroups = kGrouped ? Size / 32 : 1;
   static constexpr int kScales = C::kScale * kGroups, kZeros = C::kZero * kGroups;
-  static constexpr int kKeyStride = kRow % 128 == 0 ? kRow + 64 : kRow, kValueStride = kRow + 16;
-  static constexpr int kValues = Keys * kKeyStride, kScaleAt = kValues + Keys * kValueStride;
-  static constexpr int kZeroAt = kScaleAt + 2 * Keys * kScales;
-  static constexpr int kBytes = (kZeroAt + 2 * Keys * kZeros + 15) / 16 * 16;
-  static constexpr int kStages = kBytes > 10000 ? 2 : kBytes > 6000 ? 3 : kBytes > 3000 ? 4 : 6;
-  /** What a block keeps of its rows for the join: top, sum, and the unfinished output. */
-  static constexpr int kJoin = (kWarps + 1) * 8 * (Size + 2) * 4;
-  static constexpr int kShared = kWarps * kStages * kBytes > kJoin ? kWarps * kStages * kBytes : kJoin;
 };
 
-/** Which keys a query row sees, and how the keys of a block of rows are cut into tiles and shared among splits. */
+/** Floats of a finished piece of a row: its output, the greatest score, the sum of its weights. */
+template <int Size>
+constexpr int kLine = Size + 2;
+
+/** Rows `Stride` bytes apart; `byte` lies in the block of 128 bytes of that number. */
+template <int Stride>
+struct Padded {
+  static __device__ __forceinline__ int at(int row, int block, int byte) { return row * Stride + block * 128 + byte; }
+};
+/** Rows as tensor copies lay them down: blocks of 128 bytes, `Rows` of them one below the other, swizzled by 128 bytes. */
+template <int Bytes, int Rows>
+struct Swizzled {
+  static __device__ __forceinline__ int at(int row, int block, int byte) {
+    const int linear = row * (Bytes < 128 ? Bytes : 128) + byte;
+    return block * Rows * 128 + (linear ^ (linear >> 7 & 7) << 4);
+  }
+};
+
+/** Where the keys and values of a stage lie in shared memory, and their scales and zero points. */
+struct Stage {
+  uint8_t *keys, *values, *keyScales, *valueScales, *keyZeros, *valueZeros;
+};
+
+/**
+ * Tiles that each warp copies for itself, row by row: any cache on any device. Rows are apart so that neither k's nor v's readers meet in
+ * a bank. In a cluster blocks are small; else one fills a multiprocessor, and its warps read neighbouring tiles.
+ */
+template <class C, int Size, bool Joined>
+struct Ring {
+  using R = Row<C, Size>;
+  static constexpr int kWarps = Joined || C::kBits == 32 ? 4 : 8;
+  /** Keys that a warp takes at a time: more where they are small, so that its waits are fewer, unless there are few keys. */
+  static constexpr int kKeys = !Joined && C::kBits < 8 ? 32 : 16;
+  static constexpr int kKeyStride = R::kBytes % 128 == 0 ? R::kBytes + 16 : R::kBytes, kValueStride = R::kBytes + 16;
+  using KeyPlace = Padded<kKeyStride>;
+  using ValuePlace = Padded<kValueStride>;
+  static constexpr int kValues = kKeys * kKeyStride, kScaleAt = kValues + kKeys * kValueStride;
+  static constexpr int kZeroAt = kScaleAt + 2 * kKeys * R::kScales;
+  static constexpr int kBytes = (kZeroAt + 2 * kKeys * R::kZeros + 15) / 16 * 16;
+  static constexpr int kStages = kBytes > 10000 ? 2 : kBytes > 6000 ? 3 : kBytes > 3000 ? 4 : 6;
+  static constexpr int kJoin = (kWarps + 1) * 8 * kLine<Size> * 4;
+  /** What a block of a cluster is given by the others comes behind the rest. */
+  static constexpr int kGivenAt = kWarps * kStages * kBytes > kJoin ? kWarps * kStages * kBytes : kJoin;
+  static constexpr int kShared = kGivenAt + (Joined ? kCluster * kLine<Size> * 4 : 0);
+  static __device__ Stage stage(uint8_t* at) {
+    return {at,           at + kValues, at + kScaleAt, at + kScaleAt + kKeys * R::kScales,
+            at + kZeroAt, at + kZeroAt + kKeys * R::kZeros};
+  }
+};
+
+/** Tiles of all warps of a block that Hopper's copy unit fetches at once: long bursts of neighbouring bytes, for many keys. */
+template <class C, int Size>
+struct Stream {
+  using R = Row<C, Size>;
+  static constexpr int kWarps = C::kWarps, kKeys = C::kBits > 8 ? 16 : 32, kAll = kWarps * kKeys;
+  using KeyPlace = Swizzled<R::kBytes, kAll>;
+  using ValuePlace = Swizzled<R::kBytes, kAll>;
+  /** Blocks of 128 bytes of a row, and lines of them (a row of fewer bytes shares one), which take two copies where they exceed 256. */
+  static constexpr int kBoxes = R::kBytes > 128 ? R::kBytes / 128 : 1, kLines = kAll * R::kBytes / kBoxes / 128;
+  static constexpr int kBoxRows = kLines > 256 ? kLines / 2 : kLines;
+  static constexpr int kRows = kAll * R::kBytes, kScaleAt = 2 * kRows, kZeroAt = kScaleAt + 2 * kAll * R::kScales;
+  static constexpr int kBytes = (kZeroAt + 2 * kAll * R::kZeros + 1023) / 1024 * 1024;
+  static constexpr int kStages = 222 * 1024 / kBytes < 8 ? 222 * 1024 / kBytes : 8;
+  static constexpr int kJoin = (kWarps + 1) * 8 * kLine<Size> * 4;
+  static constexpr int kShared = 1024 + (kStages * kBytes > kJoin ? kStages * kBytes : kJoin);
+  static __device__ Stage stage(uint8_t* at) {
+    return {at,           at + kRows, at + kScaleAt, at + kScaleAt + kAll * R::kScales,
+            at + kZeroAt, at + kZeroAt + kAll * R::kZeros};
+  }
+};
+/** Caches whose rows are small enough for several stages of a stream. */
+template <class C>
+constexpr bool kStreams = C::kBits <= 16;
+
+/** Which keys a query row sees. */
 struct Seen {
   int tokens, position, keys, capacity;
   const Params& p;
@@ -53,6 +114,7 @@ struct Seen {
     return p.causal ? min(position + t + 1, keys) : p.window == 0 ? keys : min(position + t + p.window, keys);
   }
 };
+
 /** How the keys of a block of query rows are cut into tiles, `each` for a split; `used` splits have some. */
 struct Cut {
   int first, end, tiles, each, used;
@@ -63,12 +125,9 @@ struct Cut {
     end = max(seen.to(last / group), first);
     tiles = (end - first + keys - 1) / keys;
     each = max((tiles + splits - 1) / splits, least);
-    used = (tiles + each - 1) / each;
+    used = max((tiles + each - 1) / each, 1);
   }
 };
-
-/** Tiles of a split at least, unless the splits join in one kernel. */
-constexpr int kLeast = 4;
 
 }  // namespace
 }  // namespace fewbit::sdpa

@@ -73,6 +73,12 @@ __device__ __forceinline__ void load(void* to, const CUtensorMap* map, uint64_t*
       "l"(map), "r"(shared(barrier)), "r"(column), "r"(row), "r"(plane)
       : "memory");
 }
+/** Copies bytes that lie in one piece: addresses and their number are multiples of 16. */
+__device__ __forceinline__ void loadBytes(void* to, const void* from, uint64_t* barrier, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared(to)), "l"(from),
+               "r"(bytes), "r"(shared(barrier))
+               : "memory");
+}
 
 /**
  * Describes a tile whose rows are 128 swizzled bytes: `stride` bytes from eight rows to the next eight; `leading` bytes between

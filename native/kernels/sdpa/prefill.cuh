@@ -16,14 +16,19 @@ constexpr int kRows = 128, kKeys = 128, kSize = 128, kStages = 2, kThreads = 384
 constexpr int kTurn = 1, kBoth = 3;
 
 struct Params {
-  float* out;
+  void* out;
   const uint32_t* symbols;
   Extent tokens;
   int keys, position;  // keys of a head; the symbol of the first query's position, or -1
-  int heads, group, batch, causal, window, tokenMajor;
+  int heads, group, batch, causal, window, tokenMajor, rounds;  // rounds: out is bf16
   float scale;
   const float* sinks;
-  const float *qScale, *kScale, *vScale;  // e4m3: one for each batch and KV head
+  // e4m3 throughout: one for each batch and KV head. Codes in bf16: of query rows, if any, and of keys, `padded` a plane.
+  const float *qScale, *kScale, *vScale;
+  int padded;
+  // Queries that a block makes bf16 by itself: dense float32, or e4m3 codes; null where the copy unit brings them.
+  const void* q;
+  int64_t queryStride, queryColumn;  // of dense rows [T, ...]
 };
 
 /** Which keys the queries of a step see. */
@@ -122,16 +127,24 @@ __device__ __forceinline__ void store(const Params& p, const Seen& seen, const f
     if (t >= seen.tokens) continue;
     const int64_t at = p.tokenMajor ? static_cast<int64_t>(t) * p.heads + head
                                     : (static_cast<int64_t>(b) * p.heads + head) * seen.tokens + t;
-    float* out = p.out + at * kSize + 2 * (lane & 3);
+    const int64_t first = at * kSize + 2 * (lane & 3);
+    if (p.rounds) {
+      auto* out = static_cast<__nv_bfloat16*>(p.out) + first;
 #pragma unroll
-    for (int j = 0; j < 16; j++)
-      *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
+      for (int j = 0; j < 16; j++)
+        *reinterpret_cast<uint32_t*>(out + 8 * j) = packBf16(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
+    } else {
+      float* out = static_cast<float*>(p.out) + first;
+#pragma unroll
+      for (int j = 0; j < 16; j++)
+        *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
+    }
   }
 }
 #endif
 
 // Args of both entries.
-enum Arg { kHeads, kKvHeads, kBatch, kScale, kCausal, kWindow, kTokens, kTokensSymbol, kKeyCount, kPosition, kTokenMajor, kSinks, kEnd };
+enum Arg { kHeads, kKvHeads, kBatch, kScale, kCausal, kWindow, kTokens, kTokensSymbol, kKeyCount, kPosition, kTokenMajor, kSinks, kRounds, kEnd };
 
 Params params(const Launch& launch, int buffers) {
   const int64_t* a = launch.args;
@@ -146,6 +159,7 @@ Params params(const Launch& launch, int buffers) {
   p.causal = static_cast<int>(a[kCausal]);
   p.window = static_cast<int>(a[kWindow]);
   p.tokenMajor = static_cast<int>(a[kTokenMajor]);
+  p.rounds = static_cast<int>(a[kRounds]);
   const uint32_t bits = static_cast<uint32_t>(a[kScale]);
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
@@ -157,7 +171,8 @@ Params params(const Launch& launch, int buffers) {
 template <class Kernel>
 cudaError_t start(Kernel kernel, size_t bytes, const Launch& launch, int tokens, const Params& p, const CUtensorMap& q,
                   const CUtensorMap& k, const CUtensorMap& v) {
-  const int shared = static_cast<int>(bytes) + 1024;
+  // Tiles start on 1024 bytes, shared memory on 128.
+  const int shared = static_cast<int>(bytes) + 1024 - 128;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   kernel<<<dim3(p.heads, (tokens + kRows - 1) / kRows, p.batch), kThreads, shared, launch.stream>>>(q, k, v, p);

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefill8(const __grid_constant__ CUtensorMap qMap, const __grid_constant__ CUtensorMap kMap,
              const __grid_constant__ CUtensorMap vMap, const Params p) {
 #ifdef FEWBIT_HOPPER
-  extern __shared__ uint8_t raw[];
+  extern __shared__ __align__(128) uint8_t raw[];
   auto& mem = *reinterpret_cast<Shared8*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
   const Seen seen(p);
   const int head = blockIdx.x, b = blockIdx.z;
@@ -227,7 +227,7 @@ __global__ void widen8(const uint8_t* k, uint32_t* out, const Params p) {
 cudaError_t runPrefill8(const Launch& launch) {
   Params p = params(launch, 3);
   const int at = p.sinks == nullptr ? 3 : 4;
-  p.out = static_cast<float*>(launch.buffers[at]);
+  p.out = launch.buffers[at];
   const float** scales[] = {&p.qScale, &p.kScale, &p.vScale};
   for (int i = 0; i < 3; i++)
     *scales[i] = reinterpret_cast<const float*>(static_cast<const char*>(launch.buffers[i]) + launch.args[kEnd + i]);
@@ -251,7 +251,7 @@ cudaError_t runPrefill8(const Launch& launch) {
 
 }  // namespace
 
-extern const Entry kSdpaPrefill8Entries[] = {{"sdpa/prefill8", 1, runPrefill8}};
+extern const Entry kSdpaPrefill8Entries[] = {{"sdpa/prefill8", 2, runPrefill8}};
 extern const size_t kSdpaPrefill8EntryCount = 1;
 
 }  // namespace fewbit

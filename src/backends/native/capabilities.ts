@@ -20,6 +20,18 @@ export const capabilityOf = ({ major, minor }: Pick<ProbedDevice, "major" | "min
 /** The lowest compute capability that kernels are built for. */
 export const LOWEST = 80;
 
+/**
+ * Features whose kernels have not yet passed `fewbit validate` through the addon on a device. They are used where the environment
+ * variable FEWBIT_CUDA_TRIAL names them.
+ */
+export const TRIALS = { wgmma: "trial:wgmma" } as const;
+
+/** The features that a list of names, separated by commas, puts on trial. Unknown names are left out. */
+export function trialFeatures(names = ""): string[] {
+  const asked = names.split(",");
+  return Object.entries(TRIALS).flatMap(([name, feature]) => (asked.includes(name) ? [feature] : []));
+}
+
 /** What a CUDA device can do. `flops` counts dense bf16 tensor cores; kernels without them reach a small part of it. */
 export function cudaCapabilities(device: ProbedDevice, more: readonly string[] = []): Capabilities {
   const capability = capabilityOf(device);

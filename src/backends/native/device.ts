@@ -10,7 +10,7 @@ import {
   type Probe,
   type ProbedDevice,
 } from "./addon.js";
-import { capabilityOf, cudaCapabilities, LOWEST } from "./capabilities.js";
+import { capabilityOf, cudaCapabilities, LOWEST, trialFeatures } from "./capabilities.js";
 import { NativeExecutable } from "./executable.js";
 import { NATIVE_KERNELS } from "./kernels/table.js";
 
@@ -74,7 +74,10 @@ export class CudaDevice implements BackendDevice {
   constructor(handle: AddonDevice, addon: Addon, probe: Probe, device: ProbedDevice, asked: boolean) {
     this.#handle = handle;
     const blas = handle.blas();
-    this.capabilities = cudaCapabilities(device, blas.version > 0 ? ["cublaslt"] : []);
+    this.capabilities = cudaCapabilities(device, [
+      ...(blas.version > 0 ? ["cublaslt"] : []),
+      ...trialFeatures(process.env.FEWBIT_CUDA_TRIAL),
+    ]);
     this.info = {
       backend: "cuda",
       name: device.name,

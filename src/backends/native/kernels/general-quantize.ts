@@ -1,7 +1,15 @@
 import { extentOf, type Format } from "../../../formats/format.js";
 import type { Node, ValueId } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, scratch, value } from "../kernel.js";
+import {
+  type BuildContext,
+  type Entry,
+  type NativeDispatch,
+  type NativeKernel,
+  type Source,
+  scratch,
+  value,
+} from "../kernel.js";
 import { Arguments, operand, ruleObstacle } from "./general-arguments.js";
 
 const entry = (name: string): Entry => ({ name: `general/quantize_${name}`, abi: 1 });
@@ -14,11 +22,11 @@ const ENCODE = entry("encode");
 const SCALER_MEAN = entry("scaler_mean");
 const SCALERS = entry("scalers");
 
-/** In the order of the enumeration in `quantize.cu`. */
+/** In the order of the enumeration in `quantize.cuh`. */
 const INPUTS = ["plain", "norm", "unary", "gated"] as const;
 
 /** A step of kind `quantize`, taken apart: what makes the values, and their format. */
-interface QuantizeStep {
+export interface QuantizeStep {
   readonly node: Node<"quantize">;
   readonly input: (typeof INPUTS)[number];
   /** The operands of `input`: x; for `gated` what the function is applied to, then the other factor. */
@@ -27,7 +35,7 @@ interface QuantizeStep {
   readonly unary: Node<"unary"> | undefined;
 }
 
-function quantizeStep(bound: BoundStep): QuantizeStep {
+export function quantizeStep(bound: BoundStep): QuantizeStep {
   const { nodes } = bound.step;
   const find = <Op extends Node["op"]>(op: Op) => nodes.find((node) => node.op === op) as Node<Op> | undefined;
   const [node, norm, unary, binary] = [find("quantize"), find("rmsnorm"), find("unary"), find("binary")] as const;
@@ -107,7 +115,7 @@ export const QUANTIZE_KERNELS: readonly NativeKernel[] = [
     },
     build: (context) => {
       const { node } = quantizeStep(context.bound);
-      const { bindings, args } = quantizeJob(context);
+      const { bindings, args } = quantizeJob(context, scratch);
       return passesOf(node.attrs.format, node.attrs.perTensorScale).map(
         (pass): NativeDispatch => ({ label: context.bound.describe(), entry: pass, bindings, args }),
       );
@@ -115,8 +123,8 @@ export const QUANTIZE_KERNELS: readonly NativeKernel[] = [
   },
 ];
 
-/** What every pass is given: `readJob` of `quantize.cu`. */
-function quantizeJob(context: BuildContext): Arguments {
+/** What every pass is given: `readQuantizeJob` of `quantize.cuh`. Kernels of one pass take no scratch. */
+export function quantizeJob(context: BuildContext, room?: Source): Arguments {
   const { node, input, operands, norm, unary } = quantizeStep(context.bound);
   const out = node.outputs[0] as ValueId;
   const { format, heads, ...options } = node.attrs;
@@ -131,7 +139,7 @@ function quantizeJob(context: BuildContext): Arguments {
     .int(...context.rowExtent(out), k, width, columns, height)
     .int(layout.rowStride, layout.scales[0] ?? 0, layout.scales[1] ?? 0, layout.zero)
     .buffer(value(out))
-    .buffer(scratch)
+    .buffer(room)
     .int(parametersAt, format.scales.length > 0)
     .buffer(given(node.inputs[1]))
     .buffer(given(node.inputs[2]))

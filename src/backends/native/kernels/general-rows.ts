@@ -6,7 +6,8 @@ const NORM: Entry = { name: "general/norm", abi: 1 };
 const SAMPLE: Entry = { name: "general/sample", abi: 1 };
 const ROUTE: Entry = { name: "general/moe_route", abi: 1 };
 
-function norm(context: BuildContext): NativeDispatch[] {
+/** A norm as `readNorm` of `norm.cuh` takes it. */
+export function normOf(context: BuildContext, entry: Entry): NativeDispatch[] {
   const node = context.bound.step.nodes[0] as Node<"rmsnorm" | "layernorm">;
   const [x, weight, bias] = node.inputs as readonly [ValueId, ValueId, ValueId?];
   const out = node.outputs[0] as ValueId;
@@ -21,7 +22,20 @@ function norm(context: BuildContext): NativeDispatch[] {
     .int(...context.strided(out))
     .real(node.attrs.eps)
     .int(node.op === "layernorm");
-  return [{ label: context.bound.describe(), entry: NORM, bindings, args }];
+  return [{ label: context.bound.describe(), entry, bindings, args }];
+}
+
+/** A draw as `readSample` of `sample.cuh` takes it. */
+export function sampleOf(context: BuildContext, entry: Entry): NativeDispatch[] {
+  const { inputs, outputs } = context.bound.step.nodes[0] as Node<"sample">;
+  const [logits, settings, ids] = inputs as [ValueId, ValueId, ValueId];
+  const { bindings, args } = new Arguments()
+    .buffer(operand(context, logits))
+    .int(context.lastExtent(logits))
+    .buffer(operand(context, settings))
+    .buffer(value(ids))
+    .buffer(value(outputs[0] as ValueId));
+  return [{ label: context.bound.describe(), entry, bindings, args }];
 }
 
 /** Kernels that work on whole rows: norms and choices among logits. */
@@ -32,7 +46,7 @@ export const ROW_KERNELS: readonly NativeKernel[] = [
     entries: [NORM],
     requires: [],
     efficiency: { bandwidth: 0.5, compute: 0.05 },
-    build: norm,
+    build: (context) => normOf(context, NORM),
   },
   {
     id: "cuda/layernorm",
@@ -40,7 +54,7 @@ export const ROW_KERNELS: readonly NativeKernel[] = [
     entries: [NORM],
     requires: [],
     efficiency: { bandwidth: 0.5, compute: 0.05 },
-    build: norm,
+    build: (context) => normOf(context, NORM),
   },
   {
     id: "cuda/sample",
@@ -48,17 +62,7 @@ export const ROW_KERNELS: readonly NativeKernel[] = [
     entries: [SAMPLE],
     requires: [],
     efficiency: { bandwidth: 0.02, compute: 0.01 },
-    build: (context) => {
-      const { inputs, outputs } = context.bound.step.nodes[0] as Node<"sample">;
-      const [logits, settings, ids] = inputs as [ValueId, ValueId, ValueId];
-      const { bindings, args } = new Arguments()
-        .buffer(operand(context, logits))
-        .int(context.lastExtent(logits))
-        .buffer(operand(context, settings))
-        .buffer(value(ids))
-        .buffer(value(outputs[0] as ValueId));
-      return [{ label: context.bound.describe(), entry: SAMPLE, bindings, args }];
-    },
+    build: (context) => sampleOf(context, SAMPLE),
   },
   {
     id: "cuda/moe_route",

@@ -5,8 +5,9 @@ import type { BoundStep } from "../../../plan/step.js";
 import { storedLayout } from "../../stored-layout.js";
 import { type BuildContext, type Entry, type NativeKernel, value } from "../kernel.js";
 import { Arguments, inEights, operand, storedObstacle } from "./general-arguments.js";
+import { ROUNDED, roundsResult, sdpaNeeds, sdpaStep } from "./sdpa-step.js";
 
-const SDPA: Entry = { name: "general/sdpa", abi: 1 };
+const SDPA: Entry = { name: "general/sdpa", abi: 2 };
 /** A warp keeps a row of the result in registers. */
 const MOST = 256;
 
@@ -42,7 +43,14 @@ export const SDPA_GENERAL_KERNELS: readonly NativeKernel[] = [
           return null;
         },
       },
+      roundsResult,
+      sdpaNeeds(({ rounds, out }, bound) =>
+        rounds === null || ((bound.type(out).shape.at(-1) as number) * 16) % 128 === 0
+          ? null
+          : "rows of a rounded result must be whole multiples of 16 bytes",
+      ),
     ],
+    fusions: [ROUNDED],
     rowTile: 16,
     efficiency: { bandwidth: 0.05, compute: 0.005 },
     build: (context) => {
@@ -54,7 +62,8 @@ export const SDPA_GENERAL_KERNELS: readonly NativeKernel[] = [
 
 /** What `runSdpa` of `sdpa.cu` reads. */
 function sdpaArguments(context: BuildContext): Arguments {
-  const { inputs, outputs, attrs } = nodeOf(context.bound);
+  const { inputs, attrs } = nodeOf(context.bound);
+  const { out, rounds } = sdpaStep(context.bound);
   const { batch, kvHeads, size, tokens, keys, tokenMajor, page, extra, mask, ring } = shapeOf(context.bound);
   const [q, k, v] = inputs as readonly [ValueId, ValueId, ValueId];
   const { heads, causal, window, position, softcap, probabilities } = attrs;
@@ -71,7 +80,8 @@ function sdpaArguments(context: BuildContext): Arguments {
   rows(context, made, k, size);
   rows(context, made, v, size);
   made
-    .buffer(value(outputs[0] as ValueId))
+    .buffer(value(out))
+    .int(rounds !== null)
     .real(attrs.scale, softcap ?? 0)
     .int(causal, ring, window ?? 0, position === undefined ? -1 : context.symbol(position), page ?? 0)
     .buffer(optional(extra.pages))

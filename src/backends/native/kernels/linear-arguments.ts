@@ -30,14 +30,18 @@ const CODE_KINDS = [
 ] as const;
 /** In the order of `Activation` in operands.cuh, after `none`. */
 const ACTIVATIONS: readonly UnaryFn[] = ["relu", "silu", "gelu_tanh", "gelu"];
+/** In the order of `Rounding` in operands.cuh, after `none`. */
+const ROUNDINGS = ["bf16", "f16"] as const satisfies (keyof typeof CODECS)[];
 
 const same = (a: Codec, b: Codec) => JSON.stringify(a) === JSON.stringify(b);
 const scaleCodec = (codec: Codec): number => SCALE_CODECS.findIndex((name) => same(CODECS[name], codec)) + 1;
 
 /** What keeps a step's operands or its epilogue from being described to the kernels, or null. */
 export function stepObstacle(bound: BoundStep): string | null {
-  const { epilogue } = linearStep(bound);
+  const { epilogue, rounds } = linearStep(bound);
   if ("fn" in epilogue && !ACTIVATIONS.includes(epilogue.fn)) return `its epilogue is ${epilogue.fn}`;
+  if (rounds !== null && !ROUNDINGS.some((name) => same(CODECS[name], rounds.element)))
+    return `its result is rounded to ${rounds.name}`;
   const { weight, x, k } = formatsOf(bound);
   return weightObstacle(weight, k) ?? (x === null ? null : activationObstacle(x));
 }
@@ -179,9 +183,12 @@ export class LinearArguments extends Arguments {
   }
 
   epilogue(context: BuildContext): this {
-    const { epilogue, out, biases } = linearStep(context.bound);
+    const { epilogue, out, biases, rounds } = linearStep(context.bound);
     this.int("fn" in epilogue ? ACTIVATIONS.indexOf(epilogue.fn) + 1 : 0);
-    this.buffer(value(out)).int(...context.strided(out));
+    this.int(rounds === null ? 0 : ROUNDINGS.findIndex((name) => same(CODECS[name], rounds.element)) + 1);
+    // Rows of codes of 16 bits: two a word.
+    const place = rounds === null ? context.strided(out) : [context.layout(out).rowStride * 2, 0];
+    this.buffer(value(out)).int(...place);
     if (epilogue.kind === "residual")
       this.buffer(operand(context, epilogue.other)).int(...context.strided(epilogue.other));
     else this.int(-1);

@@ -1,9 +1,10 @@
 import { roundUp } from "../../../core/shape.js";
-import { type Codec, codecName, type Format } from "../../../formats/format.js";
+import { type Codec, codecName, type Format, type ScaleLevel } from "../../../formats/format.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import type { Capabilities } from "../../backend.js";
 import { linearStep } from "../../linear-step.js";
+import { TRIALS } from "../capabilities.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
 import {
   formatsOf,
@@ -14,8 +15,10 @@ import {
   significantBits,
   stepObstacle,
 } from "./linear-arguments.js";
+import { needsFeature } from "./sdpa-step.js";
 
-const GEMM: Entry = { name: "linear/gemm", abi: 1 };
+const GEMM: Entry = { name: "linear/gemm", abi: 2 };
+const WGMMA: Entry = { name: "linear/wgmma", abi: 1 };
 
 /** What the tensor cores multiply, in the order of `Carrier` in gemm.cu. */
 const CARRIERS = ["stored", "bf16", "f16", "s8"] as const;
@@ -29,32 +32,39 @@ interface Plan {
   readonly scaledW: boolean;
 }
 
-/** The feature of a device that may use float8 tensor cores although their sums are shorter than float32. */
-export const SHORT_FLOAT8_SUMS = "float8-short-sums";
-
 const unscaled = (format: Format, codec: string) => format.scales.length === 0 && codecName(format.element) === codec;
 const isFloat8 = (codec: Codec) => codec.kind === "float" && ["e4m3", "e5m2"].includes(codecName(codec));
 const isSigned8 = ({ element, zero }: Format) =>
   element.kind === "int" && element.signed && element.bits === 8 && zero.domain === "none";
 
-/** Both operands as they lie in memory, or why not. */
+/** Both operands as they lie in memory, scales applied to finished sums, or why not. */
 function asStored(bound: BoundStep, device: Capabilities): Plan | string {
-  const { weight, x, n, k } = formatsOf(bound);
+  const { weight, x, k } = formatsOf(bound);
   const plan = { carrier: "stored", xParts: 1, wParts: 1, scaledX: false, scaledW: false } as const;
   if (x === null) return "x is float32, which tensor cores round";
-  if (k % 8 !== 0) return `K must be a multiple of 8: K is ${k}`;
   if (unscaled(x, "bf16") && unscaled(weight, "bf16")) return plan;
-  if (!isSeparable(x, k) || scaleRun(weight, k) < k) return "scales that change along K are not applied by the library";
-  if (k % 16 !== 0 || n % 16 !== 0) return `K and N must be multiples of 16: they are ${k} and ${n}`;
+  if (!isSeparable(x, k) || scaleRun(weight, k) < k)
+    return "scales that change along K are not applied to finished sums";
   if (isSigned8(x) && isSigned8(weight)) return plan;
   if (!isFloat8(x.element) || !isFloat8(weight.element))
     return `tensor cores do not multiply ${x.name} by ${weight.name}`;
-  if (codecName(x.element) === "e5m2" && codecName(weight.element) === "e5m2")
-    return "the library does not multiply e5m2 by e5m2";
   if (!device.features.has("sm>=89")) return "the device has no float8 tensor cores";
-  return device.features.has(SHORT_FLOAT8_SUMS)
+  return linearStep(bound).fastAccum
     ? plan
-    : `float8 tensor cores keep about 14 bits of a sum, less than linear's bound: the device was not opened with ${SHORT_FLOAT8_SUMS}`;
+    : "float8 tensor cores keep 14 bits of a sum, which the linear does not declare (fastAccum)";
+}
+
+/** What the library takes of those. */
+function asLibrary(bound: BoundStep, device: Capabilities): Plan | string {
+  const plan = asStored(bound, device);
+  if (typeof plan === "string") return plan;
+  const { weight, x, n, k } = formatsOf(bound);
+  if (k % 8 !== 0) return `K must be a multiple of 8: K is ${k}`;
+  if (unscaled(weight, "bf16")) return plan;
+  if (k % 16 !== 0 || n % 16 !== 0) return `K and N must be multiples of 16: they are ${k} and ${n}`;
+  return [x, weight].every((format) => format !== null && codecName(format.element) === "e5m2")
+    ? "the library does not multiply e5m2 by e5m2"
+    : plan;
 }
 
 /** Whether every code times its scale is a number of at most `bits` significant bits. */
@@ -138,8 +148,24 @@ function columnsOf({ carrier }: Plan, { weight, k }: { weight: Format; k: number
   return roundUp(k, 16) + roundUp(zeros, 8);
 }
 
+/** Who multiplies: an entry, what it needs, and whether it leaves products in scratch to be finished. */
+interface Multiplier {
+  readonly entry: Entry;
+  readonly requires: readonly Requirement[];
+  readonly leavesProducts: boolean;
+}
+const LIBRARY: Multiplier = { entry: GEMM, requires: [library, within], leavesProducts: true };
+const HOPPER: Multiplier = {
+  entry: WGMMA,
+  requires: [
+    needsFeature("sm_90", "it is written for the matrix units of compute capability 9.0"),
+    needsFeature(TRIALS.wgmma, "it is not validated through the addon yet: FEWBIT_CUDA_TRIAL=wgmma tries it"),
+  ],
+  leavesProducts: false,
+};
+
 /** As gemm.cu takes it apart: every array starts on 256 bytes. */
-function scratchBytes(bound: BoundStep, plan: Plan): number {
+function scratchBytes(bound: BoundStep, plan: Plan, { leavesProducts }: Multiplier): number {
   const { n, k, weight } = formatsOf(bound);
   const rows = bound.outputRows;
   const matrices = linearStep(bound).parts.length;
@@ -151,14 +177,14 @@ function scratchBytes(bound: BoundStep, plan: Plan): number {
     plan.carrier === "s8" ? matrices * n * columns : 0,
     4 * rows,
     4 * matrices * n,
-    4 * matrices * rows * n,
+    leavesProducts ? 4 * matrices * rows * n : 0,
   ];
   return arrays.reduce((sum, bytes) => sum + roundUp(bytes, 256), 0);
 }
 
 type Make = (bound: BoundStep, device: Capabilities) => Plan | string;
 
-function row(id: string, make: Make, efficiency: NativeKernel["efficiency"]): NativeKernel {
+function row(id: string, by: Multiplier, make: Make, rank: Pick<NativeKernel, "efficiency" | "rowTile">): NativeKernel {
   const planOf = (bound: BoundStep, device: Capabilities): Plan => {
     const plan = make(bound, device);
     if (typeof plan === "string") throw new TypeError(`${id} was built for a step it refuses: ${plan}`);
@@ -167,10 +193,11 @@ function row(id: string, make: Make, efficiency: NativeKernel["efficiency"]): Na
   return {
     id,
     kind: "linear",
-    entries: [GEMM],
-    requires: [library, described, manyRows, within, planned(make)],
-    efficiency,
-    scratch: (bound, device) => scratchBytes(bound, planOf(bound, device)),
+    entries: [by.entry],
+    fusions: ["gate*up+quantize", "linear+activation+quantize"],
+    requires: [...by.requires, described, manyRows, planned(make)],
+    ...rank,
+    scratch: (bound, device) => scratchBytes(bound, planOf(bound, device), by),
     build: (context) => {
       const { bound, device } = context;
       const plan = planOf(bound, device);
@@ -182,7 +209,7 @@ function row(id: string, make: Make, efficiency: NativeKernel["efficiency"]): Na
         .int(CARRIERS.indexOf(plan.carrier), plan.xParts, plan.wParts, plan.scaledX, plan.scaledW)
         .int(columnsOf(plan, { weight, k }))
         .buffer(scratch);
-      return [{ label: bound.describe(), entry: GEMM, bindings, args }];
+      return [{ label: bound.describe(), entry: by.entry, bindings, args }];
     },
   };
 }
@@ -195,32 +222,62 @@ const only =
   };
 const whole = (plan: Plan) => plan.xParts * plan.wParts === 1;
 
-/** Products by tensor cores, through cuBLASLt. Efficiencies are those of an H100 (bench/NOTES.md). */
+/** Whether the library scales and stores results itself, as gemm.cu asks it to: then nothing is left to finish. */
+function storesItself(bound: BoundStep): boolean {
+  const { epilogue, biases, rounds } = linearStep(bound);
+  const { weight, x } = formatsOf(bound);
+  if (x === null || rounds !== null || biases.length > 0 || "fn" in epilogue || isInteger(x)) return false;
+  const [scaleX, scaleW] = [x.scales, weight.scales];
+  if (scaleX.length === 0 && scaleW.length === 0) return true;
+  const single = [scaleX, scaleW].every(
+    (levels) => levels.length === 1 && codecName((levels[0] as ScaleLevel).codec) === "f32",
+  );
+  return single && scaleX[0]?.block[0] === scaleW[0]?.block[0];
+}
+const finished: Requirement = {
+  unmet: (bound) => (storesItself(bound) ? null : "the library does not finish its results"),
+};
+const LIBRARY_ALONE: Multiplier = { ...LIBRARY, requires: [...LIBRARY.requires, finished] };
+
+/** Rows of x of a tile of Hopper's products. */
+const rowTile = 128;
+const wholeBytes = "an element takes several bf16 numbers";
+const wholeHalves = "an element takes several f16 numbers";
+
+/**
+ * Products by tensor cores, through cuBLASLt or Hopper's own, which finish their sums before they store them. Efficiencies are those
+ * of an H100 (bench/NOTES.md).
+ */
 export const GEMM_KERNELS: readonly NativeKernel[] = [
-  row("cuda/linear/cublaslt", asStored, { bandwidth: 0.8, compute: 0.6 }),
-  row("cuda/linear/cublaslt_s8", asBytes, { bandwidth: 0.3, compute: 0.8 }),
-  row("cuda/linear/cublaslt_bf16", only(asBf16, whole, "an element takes several bf16 numbers"), {
-    bandwidth: 0.12,
-    compute: 0.5,
+  row("cuda/linear/wgmma", HOPPER, asStored, { efficiency: { bandwidth: 0.4, compute: 0.62 }, rowTile }),
+  row("cuda/linear/wgmma_s8", HOPPER, asBytes, { efficiency: { bandwidth: 0.3, compute: 0.85 }, rowTile }),
+  row("cuda/linear/wgmma_bf16", HOPPER, only(asBf16, whole, wholeBytes), {
+    efficiency: { bandwidth: 0.12, compute: 0.55 },
+    rowTile,
   }),
-  row("cuda/linear/cublaslt_f16", only(asF16, whole, "an element takes several f16 numbers"), {
-    bandwidth: 0.12,
-    compute: 0.45,
+  row("cuda/linear/wgmma_f16", HOPPER, only(asF16, whole, wholeHalves), {
+    efficiency: { bandwidth: 0.12, compute: 0.5 },
+    rowTile,
+  }),
+  row("cuda/linear/cublaslt", LIBRARY_ALONE, asLibrary, { efficiency: { bandwidth: 0.8, compute: 0.67 } }),
+  row("cuda/linear/cublaslt_finish", LIBRARY, asLibrary, { efficiency: { bandwidth: 0.35, compute: 0.55 } }),
+  row("cuda/linear/cublaslt_s8", LIBRARY, asBytes, { efficiency: { bandwidth: 0.3, compute: 0.8 } }),
+  row("cuda/linear/cublaslt_bf16", LIBRARY, only(asBf16, whole, wholeBytes), {
+    efficiency: { bandwidth: 0.12, compute: 0.5 },
+  }),
+  row("cuda/linear/cublaslt_f16", LIBRARY, only(asF16, whole, wholeHalves), {
+    efficiency: { bandwidth: 0.12, compute: 0.45 },
   }),
   row(
     "cuda/linear/cublaslt_f16_split",
+    LIBRARY,
     only(asF16, (plan) => !whole(plan), "an element is one f16 number"),
-    {
-      bandwidth: 0.08,
-      compute: 0.25,
-    },
+    { efficiency: { bandwidth: 0.08, compute: 0.25 } },
   ),
   row(
     "cuda/linear/cublaslt_bf16_split",
+    LIBRARY,
     only(asBf16, (plan) => !whole(plan), "an element is one bf16 number"),
-    {
-      bandwidth: 0.06,
-      compute: 0.12,
-    },
+    { efficiency: { bandwidth: 0.06, compute: 0.12 } },
   ),
 ];

@@ -5,9 +5,9 @@ import { linearStep } from "../../linear-step.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
 import { formatsOf, isInteger, isSeparable, LinearArguments, scaleRun, stepObstacle } from "./linear-arguments.js";
 
-const SKINNY: Entry = { name: "linear/skinny", abi: 1 };
+const SKINNY: Entry = { name: "linear/skinny", abi: 2 };
 
-/** In the order of `Promote` in skinny.cuh. */
+/** In the order of `Promote` in skinny-params.cuh. */
 const PROMOTE = ["end", "scaled", "integer"] as const;
 /** Elements of a segment, the unit of the walk along K. */
 const SEGMENT = 32;
@@ -16,7 +16,7 @@ const MOST_ROWS = 32;
 /** Columns of x, as bf16 numbers, that one pass over the weights takes. */
 const MOST_COLUMNS = 32;
 
-/** Segments of one chunk, as `Chunk` in skinny.cuh. */
+/** Segments of one chunk, as `Chunk` in skinny-params.cuh. */
 const chunkSegments = (bits: number): number => (bits === 16 ? 2 : bits <= 4 ? 8 : 4);
 
 /** Blocks of 16 elements whose scales are exact in bf16 together with the codes, which they multiply. */
@@ -73,6 +73,7 @@ export const SKINNY_KERNELS: readonly NativeKernel[] = [
     kind: "linear",
     entries: [SKINNY],
     requires: [sharedMemory, described, fewRows],
+    fusions: ["gate*up+quantize", "linear+activation+quantize"],
     rowTile: 8,
     efficiency: { bandwidth: 0.75, compute: 0.06 },
     scratch: scratchBytes,

@@ -1,19 +1,39 @@
 import { codecName, type Format } from "../../../formats/format.js";
 import { CODECS } from "../../../formats/table.js";
-import type { TensorType } from "../../../ir/graph.js";
+import type { Node, TensorType, ValueId } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
 import type { Capabilities } from "../../backend.js";
-import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, scratch, value } from "../kernel.js";
+import {
+  type BuildContext,
+  constant,
+  type Entry,
+  type NativeDispatch,
+  type NativeKernel,
+  scratch,
+  value,
+} from "../kernel.js";
 import { operand } from "./general-arguments.js";
-import { extentOf, plainCodec, real, roundsTo, scaledCodec, sdpaNeeds, sdpaStep } from "./sdpa-step.js";
+import {
+  extentOf,
+  plainCodec,
+  ROUNDED,
+  real,
+  roundsResult,
+  roundsTo,
+  scaledCodec,
+  sdpaNeeds,
+  sdpaStep,
+} from "./sdpa-step.js";
 
-const DECODE: Entry = { name: "sdpa/decode", abi: 1 };
+const DECODE: Entry = { name: "sdpa/decode", abi: 2 };
 /** Query rows of a block at most: the keys are read once for all of them. */
 const ROWS = 8;
 /** No device has more multiprocessors: keys are divided so that each has one block. */
 const MULTIPROCESSORS = 192;
+/** Devices with clusters that the addon has code for; others run what was made for the oldest. */
+const CLUSTERED = ["sm_90", "sm_100", "sm_120"];
 /** Keys up to which the blocks of one cluster are enough, and join their results without a second kernel. */
-const CLUSTER_KEYS = 8192;
+const CLUSTER_KEYS = 4096;
 
 /** What cached elements are, in the order of the cases in `decode.cu`. */
 const CACHES: readonly ((format: Format) => boolean)[] = [
@@ -42,6 +62,16 @@ function queryBits(type: TensorType): number | null {
   return type.kind === "format" && scaledCodec(type.format) === "e4m3" && isPerRow(type.format) ? 8 : null;
 }
 
+/** Whether keys before the position were written by earlier runs: all that a run writes to the cache are its own tokens. */
+function isEarly({ graph }: BoundStep, cache: ValueId, position: string | undefined): boolean {
+  const isState = (id: ValueId | undefined) => id !== undefined && graph.values[id]?.role === "state";
+  const writes = graph.nodes.filter((node): node is Node<"kv_write"> => node.op === "kv_write");
+  const write = writes.find(({ outputs }) => outputs.includes(cache));
+  const state = write === undefined ? cache : write.inputs[0];
+  const ofState = writes.filter(({ inputs }) => state !== undefined && inputs.includes(state));
+  return isState(state) && ofState.every((node) => node === write && node.attrs.position === position);
+}
+
 /** KV heads of all batches, blocks of query rows of each, and the splits of its keys: 0 for a cluster. */
 function cut(bound: BoundStep, device: Capabilities): { planes: number; blocks: number; splits: number } {
   const { attrs, shape } = sdpaStep(bound);
@@ -51,7 +81,10 @@ function cut(bound: BoundStep, device: Capabilities): { planes: number; blocks: 
   const all = extentOf(shape.keys, bound);
   const seen = attrs.position === undefined ? all : extentOf(attrs.position, bound) + tokens;
   const keys = Math.min(all, seen, attrs.window ?? all);
-  const clusters = device.features.has("sm>=90") && keys <= CLUSTER_KEYS && planes * blocks <= MULTIPROCESSORS;
+  const clusters =
+    CLUSTERED.some((feature) => device.features.has(feature)) &&
+    keys <= CLUSTER_KEYS &&
+    planes * blocks <= MULTIPROCESSORS;
   return { planes, blocks, splits: clusters ? 0 : Math.max(Math.ceil(MULTIPROCESSORS / (planes * blocks)), 1) };
 }
 
@@ -78,7 +111,9 @@ export const SDPA_DECODE: NativeKernel = {
         ? null
         : "it rounds probabilities to e4m3 or not at all",
     ),
+    roundsResult,
   ],
+  fusions: [ROUNDED],
   rowTile: 2,
   efficiency: { bandwidth: 0.85, compute: 0.05 },
   scratch: (bound, device) => {
@@ -90,10 +125,11 @@ export const SDPA_DECODE: NativeKernel = {
 
 function buildDecode(context: BuildContext): NativeDispatch[] {
   const { bound } = context;
-  const { attrs, shape, operands, types, out, extra } = sdpaStep(bound);
+  const { attrs, shape, operands, types, out, rounds, extra } = sdpaStep(bound);
   const [q, k, v] = operands;
   const [mask, sinks, pages] = [extra("mask"), extra("sinks"), extra("pages")];
-  const { splits } = cut(bound, context.device);
+  const { planes, blocks, splits } = cut(bound, context.device);
+  const counts = planes * blocks;
   const bits = queryBits(types[0]) as number;
   const [stride, column] = types[0].shape.length === 2 ? context.strided(q) : [attrs.heads * shape.size, 0];
   /** Byte offsets of scales and zero points. */
@@ -112,7 +148,7 @@ function buildDecode(context: BuildContext): NativeDispatch[] {
       bindings: [
         ...[...operands, ...extras].map((id) => operand(context, id)),
         value(out),
-        ...(splits > 0 ? [scratch] : []),
+        ...(splits > 0 ? [scratch, constant(`sdpa/arrivals/${counts}`, () => new Uint32Array(counts))] : []),
       ],
       args: [
         shape.size,
@@ -141,6 +177,8 @@ function buildDecode(context: BuildContext): NativeDispatch[] {
         splits,
         real(round ? (attrs.probabilities?.scale as number) : 0),
         bits === 8 ? parts(q)[0] : 0,
+        Number(rounds !== null),
+        Number([k, v].every((cache) => isEarly(bound, cache, attrs.position))),
       ],
     },
   ];

@@ -1,4 +1,4 @@
-import type { Format } from "../../../formats/format.js";
+import { codecName, type Format } from "../../../formats/format.js";
 import { CODECS } from "../../../formats/table.js";
 import type { TensorType } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
@@ -16,7 +16,9 @@ import {
   extentOf,
   needsFeature,
   plainCodec,
+  ROUNDED,
   real,
+  roundsResult,
   roundsTo,
   type SdpaStep,
   scaledCodec,
@@ -24,8 +26,9 @@ import {
   sdpaStep,
 } from "./sdpa-step.js";
 
-const PREFILL16: Entry = { name: "sdpa/prefill16", abi: 1 };
-const PREFILL8: Entry = { name: "sdpa/prefill8", abi: 1 };
+const PREFILL16: Entry = { name: "sdpa/prefill16", abi: 3 };
+const PREFILL8: Entry = { name: "sdpa/prefill8", abi: 2 };
+const PREFILL_SCALED: Entry = { name: "sdpa/prefill_scaled", abi: 2 };
 /** Query rows and keys of a tile. */
 const TILE = 128;
 const SIZE = 128;
@@ -46,11 +49,15 @@ const hopper = [
     ];
     return other.length === 0 ? null : `it does not do ${other.join(", ")}`;
   }),
+  roundsResult,
+  sdpaNeeds(({ shape: { keys } }) =>
+    typeof keys === "number" ? null : "the room for keys must not change between runs",
+  ),
 ];
 
 /** The arguments that both entries begin with, and their bindings up to the result. */
 function common(context: BuildContext, step: SdpaStep): { bindings: Source[]; args: number[] } {
-  const { attrs, shape, operands, out, extra } = step;
+  const { attrs, shape, operands, out, rounds, extra } = step;
   const sinks = extra("sinks");
   return {
     bindings: [
@@ -70,26 +77,67 @@ function common(context: BuildContext, step: SdpaStep): { bindings: Source[]; ar
       attrs.position === undefined ? -1 : context.symbol(attrs.position),
       Number(shape.tokenMajor),
       Number(sinks !== undefined),
+      Number(rounds !== null),
     ],
   };
 }
-
-const isDense = (step: SdpaStep) => step.types[0].kind === "dense";
 
 function build16(context: BuildContext): NativeDispatch[] {
   const { bound } = context;
   const step = sdpaStep(bound);
   const { attrs, shape, operands, types } = step;
   const { bindings, args } = common(context, step);
-  const dense = isDense(step);
   const layout = types[0].shape.length === 2 ? context.strided(operands[0]) : [attrs.heads * shape.size, 0];
   const parts = roundsTo(attrs, CODECS.bf16, 1) ? 1 : 3;
   return [
     {
       label: bound.describe(),
       entry: PREFILL16,
-      bindings: dense ? [...bindings, scratch] : bindings,
-      args: [...args, dense ? 3 : 1, parts, ...layout],
+      bindings,
+      args: [...args, types[0].kind === "dense" ? 3 : 1, parts, ...layout],
+    },
+  ];
+}
+
+const isPerRow = ({ scales }: Format) => scales[0]?.block[0] === 1 && [SIZE, "all"].includes(scales[0].block[1]);
+/** Codes of 8 bits with a scale a row: their codec, or null. */
+function codedRows(type: TensorType): "int8" | "e4m3" | null {
+  if (type.kind !== "format" || !isPerRow(type.format)) return null;
+  const codec = scaledCodec(type.format);
+  return codec === "int8" || codec === "e4m3" ? codec : null;
+}
+/** Bits of query elements as `prefill_scaled.cu` takes them. */
+function queryBits(type: TensorType): 8 | 16 | 32 | null {
+  if (type.kind === "dense") return plainCodec(type) === "f32" ? 32 : null;
+  return isPlain("bf16")(type) ? 16 : codedRows(type) === "e4m3" ? 8 : null;
+}
+
+/** Bytes of keys and values as bf16 and float32 scales. */
+function scratchScaled(bound: BoundStep): number {
+  const { attrs, shape } = sdpaStep(bound);
+  return 2 * shape.batch * attrs.kvHeads * roundUp(extentOf(shape.keys, bound)) * (SIZE * 2 + 4);
+}
+
+function buildScaled(context: BuildContext): NativeDispatch[] {
+  const step = sdpaStep(context.bound);
+  const { attrs, shape, operands, types } = step;
+  const { bindings, args } = common(context, step);
+  const bits = queryBits(types[0]) as number;
+  const layout = types[0].shape.length === 2 ? context.strided(operands[0]) : [attrs.heads * shape.size, 0];
+  const scales = operands.map((id, i) => (i === 0 && bits > 8 ? 0 : (context.layout(id).scales[0] as number) * 4));
+  return [
+    {
+      label: context.bound.describe(),
+      entry: PREFILL_SCALED,
+      bindings: [...bindings, scratch],
+      args: [
+        ...args,
+        bits,
+        attrs.probabilities === undefined ? 3 : 1,
+        ...layout,
+        Number(codedRows(types[1]) === "e4m3"),
+        ...scales,
+      ],
     },
   ];
 }
@@ -137,14 +185,9 @@ export const SDPA_PREFILL: readonly NativeKernel[] = [
           : "it rounds probabilities to bf16 or not at all";
       }),
     ],
+    fusions: [ROUNDED],
     rowTile: TILE,
     efficiency: { bandwidth: 0.5, compute: 0.55 },
-    // Dense queries lie there as three bf16 parts.
-    scratch: (bound) => {
-      const step = sdpaStep(bound);
-      const { attrs, shape } = step;
-      return isDense(step) ? 3 * shape.batch * attrs.heads * roundUp(extentOf(shape.tokens, bound)) * SIZE * 2 : 0;
-    },
     build: build16,
   },
   {
@@ -167,9 +210,34 @@ export const SDPA_PREFILL: readonly NativeKernel[] = [
         return roundsTo(attrs, CODECS.e4m3, 2 ** 8) ? null : "probabilities must be declared e4m3 times 2^8";
       }),
     ],
+    fusions: [ROUNDED],
     rowTile: TILE,
     efficiency: { bandwidth: 0.5, compute: 0.65 },
     scratch: scratch8,
     build: build8,
+  },
+  {
+    id: "cuda/sdpa/prefill_scaled",
+    kind: "sdpa",
+    entries: [PREFILL_SCALED],
+    requires: [
+      ...hopper,
+      sdpaNeeds(({ types: [q, k, v], attrs }) => {
+        if (codedRows(k) === null || codedRows(v) !== codedRows(k))
+          return "keys and values must be int8 or e4m3 with a scale a row";
+        if (queryBits(q) === null) return "queries must be f32, bf16 or e4m3 with a scale a row";
+        // bf16 is within what rounding to e4m3 may do.
+        return attrs.probabilities === undefined ||
+          roundsTo(attrs, CODECS.bf16, 1) ||
+          codecName(attrs.probabilities.codec) === "e4m3"
+          ? null
+          : "it rounds probabilities to bf16, within e4m3, or not at all";
+      }),
+    ],
+    fusions: [ROUNDED],
+    rowTile: TILE,
+    efficiency: { bandwidth: 0.5, compute: 0.5 },
+    scratch: scratchScaled,
+    build: buildScaled,
   },
 ];

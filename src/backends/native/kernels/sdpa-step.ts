@@ -42,6 +42,15 @@ export const sdpaNeeds = (unmet: (step: SdpaStep, bound: BoundStep) => string | 
   unmet: (bound) => unmet(sdpaStep(bound), bound),
 });
 
+/** The fusion of an sdpa with the rounding of its result. */
+export const ROUNDED = "sdpa+quantize";
+/** Results are stored as float32 or bf16. */
+export const roundsResult: Requirement = sdpaNeeds(({ rounds, out }, bound) =>
+  rounds === null || codecName(rounds.element) === "bf16"
+    ? null
+    : `it rounds to bf16 only: ${bound.name(out)} is another format`,
+);
+
 export const needsFeature = (feature: string, what: string): Requirement => ({
   unmet: (_, device) => (device.features.has(feature) ? null : what),
 });

@@ -144,7 +144,16 @@ function buildGemv(context: BuildContext): Dispatch[] {
   const step = moeStep(context.bound);
   const { n, k, out, experts } = step;
   const epilogue = { kind: "none" } as const;
-  const linear: LinearStep = { x: step.x, parts: [experts], biases: [], epilogue, out, rounds: null, k };
+  const linear: LinearStep = {
+    x: step.x,
+    parts: [experts],
+    biases: [],
+    epilogue,
+    out,
+    rounds: null,
+    k,
+    fastAccum: false,
+  };
   const group = context.weights(experts);
   const chunks = Math.ceil(k / CHUNK);
   const perRow = Math.min(32, 2 ** Math.ceil(Math.log2(chunks)));

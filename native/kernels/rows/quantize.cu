@@ -1,0 +1,190 @@
+// quantize, alone and with what makes its input, where blocks lie in rows: values are loaded once and stay in registers.
+#include "../general/quantize.cuh"
+#include "share.cuh"
+
+namespace fewbit::rows {
+namespace {
+
+/** How the scales of a row lie. */
+enum class Grain : int {
+  none,    // none, or each of them known
+  row,     // one for the row
+  blocks,  // one for a power of two of fours, at most a warp's
+};
+
+__device__ __forceinline__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
+
+/** What the fused ops before the quantize make of four elements. */
+__device__ __forceinline__ float4 activate(const Input& in, float4 x) {
+  if (in.fn == Unary::relu) {
+    const auto relu = [](float value) { return value < 0.0f ? 0.0f : value; };
+    return make_float4(relu(x.x), relu(x.y), relu(x.z), relu(x.w));
+  }
+  return make_float4(apply(in.fn, x.x, in.cap), apply(in.fn, x.y, in.cap), apply(in.fn, x.z, in.cap), apply(in.fn, x.w, in.cap));
+}
+
+// A call: inlined it would be most of the kernel.
+__device__ __noinline__ Chosen chosenOf(const QuantizeJob& job, i64 block, Keys extremes, float outer) {
+  return job.choose(block, extremes, outer);
+}
+
+/** Chooses and stores the parameters of blocks that some lanes of a warp share. Each lane chooses for one of them. */
+template <int FOURS>
+__device__ __forceinline__ void chooseBlocks(const QuantizeJob& job, const Place& place, i64 band, float outer,
+                                             const float4 (&x)[FOURS], float2 (&parameters)[FOURS]) {
+  constexpr int kRound = FOURS < 4 ? FOURS : 4;  // fours of a lane whose blocks are no more than the lanes
+  const int lanes = job.width / 4, groups = kWarp / lanes;
+  const int lane = threadIdx.x % kWarp;
+  // Of this lane: the round's four and the lanes whose block it chooses for.
+  const int turn = lane / groups, source = lane % groups * lanes;
+#pragma unroll
+  for (int start = 0; start < FOURS; start += kRound) {
+    Keys mine;
+#pragma unroll
+    for (int i = 0; i < kRound; i++) {
+      Keys keys;
+      if (place.holds(start + i)) addFour(keys, x[start + i]);
+      keys = groupKeys(keys, lanes);
+      const u32 low = __shfl_sync(kAll, keys.low, source), high = __shfl_sync(kAll, keys.high, source);
+      if (turn == i) {
+        mine.low = low;
+        mine.high = high;
+      }
+    }
+    // The four that the first lane of the block holds.
+    const int four = (start + ::min(turn, kRound - 1)) * place.lanes + place.lane - lane + source;
+    const bool real = turn < kRound && four < place.fours;
+    const i64 block = band + (real ? (place.first + 4 * four) / job.width : 0);
+    const Chosen chosen = chosenOf(job, block, mine, outer);
+    if (real) job.store(block, chosen);
+#pragma unroll
+    for (int i = 0; i < kRound; i++) {
+      const int from = i * groups + lane / lanes;
+      parameters[start + i] = make_float2(__shfl_sync(kAll, chosen.a, from), __shfl_sync(kAll, chosen.b, from));
+    }
+  }
+}
+
+template <Coder CODER, int FOURS>
+__global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__ QuantizeJob job, const __grid_constant__ Share share,
+                                                         const Grain grain, const bool aligned, const u32* symbols) {
+  __shared__ float sums[32];
+  __shared__ Keys extremes[32];
+  releaseSuccessor();
+  const Place place(share, job.k);
+  const Input& in = job.in;
+  constexpr bool kScaled = CODER != Coder::bfloat && CODER != Coder::half;
+  constexpr bool kEarly = FOURS <= 4;  // weights wait in registers, where there are enough
+  float4 weight[FOURS], x[FOURS];
+  if (kEarly && in.kind == InputKind::norm) {
+#pragma unroll
+    for (int i = 0; i < FOURS; i++)
+      if (place.holds(i)) weight[i] = loadFour(in.weight + place.element(i), true);
+  }
+  if (kScaled) touch(job.rule);
+  const bool inside = place.row < job.rows.at(symbols);
+  awaitPredecessor();
+  if (!inside) return;
+  const i64 row = place.row;
+
+#pragma unroll
+  for (int i = 0; i < FOURS; i++)
+    x[i] = place.holds(i) ? loadFour(in.a + in.aAt.at(row, place.element(i)), aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (in.kind == InputKind::norm) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
+    const float factor = 1.0f / sqrtf(teamSum(sum, place, sums) / static_cast<float>(in.width) + in.eps);
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+      if (!place.holds(i)) continue;
+      const float4 scaled = make_float4(x[i].x * factor, x[i].y * factor, x[i].z * factor, x[i].w * factor);
+      x[i] = times(scaled, kEarly ? weight[i] : loadFour(in.weight + place.element(i), true));
+    }
+  } else if (in.kind != InputKind::plain) {
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+      if (!place.holds(i)) continue;
+      x[i] = activate(in, x[i]);
+      if (in.kind == InputKind::gated) x[i] = times(x[i], loadFour(in.b + in.bAt.at(row, place.element(i)), aligned));
+    }
+  }
+
+  float outer = 1.0f;
+  if (kScaled && job.rule.outerKind == 1) {
+    const u32 code = job.rule.outerCode(0.0f, 0.0f);  // it is given
+    outer = job.rule.outer.decode(code);
+    if (row == 0 && place.element(0) == 0) storeCode(job.out + job.outerAt, 0, job.rule.outer.bits, code);
+  }
+  // A block of several rows has its scale given; its first row stores it.
+  const i64 band = (job.height == 1 ? row : job.height == 0 ? 0 : row / job.height) * job.columns;
+  const bool stores = job.height == 1 || (job.height == 0 ? row == 0 : row % job.height == 0);
+  Chosen chosen = {0u, 0u, 0.0f, 0.0f};
+  if (kScaled && grain == Grain::row) {
+    Keys all;
+    if (job.given == nullptr) {
+#pragma unroll
+      for (int i = 0; i < FOURS; i++)
+        if (place.holds(i)) addFour(all, x[i]);
+      all = teamKeys(all, place, extremes);
+    }
+    chosen = FOURS == 1 ? job.choose(band, all, outer) : chosenOf(job, band, all, outer);
+    if (stores && place.element(0) == 0) job.store(band, chosen);
+  }
+
+  u32* out = job.out + row * job.rowStride;
+  const int bits = job.rule.element.bits;
+  constexpr int kUnroll = CODER == Coder::any ? 1 : FOURS;
+  float2 parameters[FOURS];
+  if (kScaled && grain == Grain::blocks) {
+    chooseBlocks(job, place, band, outer, x, parameters);
+  } else {
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) parameters[i] = make_float2(chosen.a, chosen.b);
+  }
+#pragma unroll kUnroll
+  for (int i = 0; i < FOURS; i++)
+    if (place.holds(i)) storeCodes(out, place.element(i) / 4, bits, fourCodes<CODER>(job.rule, x[i], parameters[i].x, parameters[i].y));
+  // What is left of a row's last sixteen bytes is zeros.
+  if (place.first + share.width >= job.k) {
+    std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(out);
+    for (int at = job.k / 4 * bits / 2 + place.lane; at < job.rowStride * 4; at += place.lanes) bytes[at] = 0;
+  }
+}
+
+template <Coder CODER>
+cudaError_t start(const Launch& launch, const QuantizeJob& job) {
+  const i64 rows = job.rows.at(launch.symbols);
+  const Grain grain = !job.scaled ? Grain::none : job.columns == 1 ? Grain::row : Grain::blocks;
+  const bool whole = job.in.kind == InputKind::norm || (grain == Grain::row && job.given == nullptr);
+  const bool aligned = inFours(job.in.aAt) && (job.in.b == nullptr || inFours(job.in.bAt));
+  const Share share = shareRows(rows, job.k, whole, *launch.context);
+  return withFours(share.fours, [&](auto fours) {
+    return launchOverlapped(launch, quantize<CODER, fours.value>, share.grid(rows), share.threads, 0, job, share, grain, aligned,
+                            launch.deviceSymbols);
+  });
+}
+
+/** args: those of the general kernels of quantize. */
+cudaError_t runQuantize(const Launch& launch) {
+  const QuantizeJob job = readQuantizeJob(launch);
+  if (job.rows.at(launch.symbols) == 0) return cudaSuccess;
+  switch (coderOf(job.rule)) {
+    case Coder::bfloat: return start<Coder::bfloat>(launch, job);
+    case Coder::half: return start<Coder::half>(launch, job);
+    case Coder::e4m3: return start<Coder::e4m3>(launch, job);
+    case Coder::floats: return start<Coder::floats>(launch, job);
+    case Coder::integers: return start<Coder::integers>(launch, job);
+    default: return start<Coder::any>(launch, job);
+  }
+}
+
+}  // namespace
+}  // namespace fewbit::rows
+
+namespace fewbit {
+
+extern const Entry kRowsQuantizeEntries[] = {{"rows/quantize", 1, rows::runQuantize}};
+extern const size_t kRowsQuantizeEntryCount = sizeof kRowsQuantizeEntries / sizeof(Entry);
+
+}  // namespace fewbit

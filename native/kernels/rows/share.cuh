@@ -1,0 +1,112 @@
+// How threads share rows of numbers that are loaded once and stay in registers.
+#pragma once
+#include <type_traits>
+
+#include "codes.cuh"
+#include "fewbit/overlap.cuh"
+
+namespace fewbit::rows {
+
+/** Most fours of a row that a thread keeps, and threads that share a row. */
+constexpr int kMostFours = 8;
+constexpr int kMostThreads = 1024;
+
+/** Rows, or pieces of rows, of `width` elements: how many threads share one, and how many fours each of them keeps. */
+struct Share {
+  int threads;  // of a block
+  int lanes;    // that share a piece: a block or a warp
+  int fours;    // 1, 4 or 8 of each thread
+  int width;    // of a piece
+  int pieces;   // of a row
+
+  dim3 grid(i64 rows) const {
+    const int teams = threads / lanes;
+    return dim3(static_cast<unsigned>((rows + teams - 1) / teams), static_cast<unsigned>(pieces));
+  }
+};
+
+/** `whole`: a row is one piece, which has at most 4 * kMostFours * kMostThreads elements. */
+inline Share shareRows(i64 rows, int width, bool whole, const Context& context) {
+  const auto up = [](int a, int b) { return (a + b - 1) / b; };
+  if (width <= 512) {
+    return {rows >= 4 ? 4 * kWarp : kWarp, kWarp, width <= 4 * kWarp ? 1 : 4, width, 1};
+  }
+  // Few rows are a matter of latency: many threads. Of many, each thread loads several fours at once.
+  const bool many = rows * up(width, 4096) >= 2 * context.sms;
+  if (!whole) {
+    const int fours = many ? 4 : 1;
+    const int piece = 4 * 256 * fours;
+    return {256, 256, fours, piece, up(width, piece)};
+  }
+  const int most = many ? 256 : kMostThreads;
+  const int fours = up(width, 4) <= most ? 1 : up(width, 16) <= most ? 4 : kMostFours;
+  const int threads = up(up(width, 4 * fours), kWarp) * kWarp;
+  return {threads, threads, fours, width, 1};
+}
+
+/** A thread's place in the team that shares a piece. */
+struct Place {
+  i64 row;
+  int first;  // element of the row with which the piece begins
+  int fours;  // of the piece
+  int lane, lanes;
+
+  __device__ Place(const Share& share, int width)
+      : row(blockIdx.x), first(static_cast<int>(blockIdx.y) * share.width), lane(threadIdx.x), lanes(share.lanes) {
+    fours = ::min(share.width, width - first) / 4;
+    if (lanes == kWarp) {
+      row = row * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+      lane = threadIdx.x % kWarp;
+    }
+  }
+  /** Which of the row's fours is the thread's number `i` of the piece. */
+  __device__ int four(int i) const { return i * lanes + lane; }
+  __device__ bool holds(int i) const { return four(i) < fours; }
+  __device__ int element(int i) const { return first + 4 * four(i); }
+};
+
+/**
+ * Reads a kernel's parameter, so that the multiprocessor has it near. Each launch has parameters of its own, which otherwise arrive
+ * line by line as branches ask for them; before `awaitPredecessor` this costs nothing.
+ */
+template <class T>
+__device__ __forceinline__ void touch(const T& parameter) {
+  constexpr int kLine = 64;
+  const char* bytes = reinterpret_cast<const char*>(&parameter);
+  u32 all = 0u;
+#pragma unroll
+  for (int at = 0; at + 4 <= static_cast<int>(sizeof(T)); at += kLine) all ^= *reinterpret_cast<const u32*>(bytes + at);
+  asm volatile("" ::"r"(all));
+}
+
+/** The sum over a team, for all its threads. `shared` is used once. */
+__device__ __forceinline__ float teamSum(float x, const Place& place, float* shared) {
+  x = warpSum(x);
+  if (place.lanes == kWarp) return x;
+  const int warps = place.lanes / kWarp, lane = threadIdx.x % kWarp;
+  if (lane == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  return warpSum(lane < warps ? shared[lane] : 0.0f);
+}
+
+/** The extremes over a team, for all its threads. `shared` is used once. */
+__device__ __forceinline__ Keys teamKeys(Keys keys, const Place& place, Keys* shared) {
+  keys = warpKeys(keys);
+  if (place.lanes == kWarp) return keys;
+  const int warps = place.lanes / kWarp, lane = threadIdx.x % kWarp;
+  if (lane == 0) shared[threadIdx.x / kWarp] = keys;
+  __syncthreads();
+  return warpKeys(lane < warps ? shared[lane] : Keys());
+}
+
+/** Calls `body` with the number of fours as a constant. */
+template <class Body>
+cudaError_t withFours(int fours, Body body) {
+  switch (fours) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 4: return body(std::integral_constant<int, 4>());
+    default: return body(std::integral_constant<int, kMostFours>());
+  }
+}
+
+}  // namespace fewbit::rows
