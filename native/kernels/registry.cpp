@@ -13,6 +13,7 @@
   TABLE(GeneralSdpa)       \
   TABLE(LinearSkinny)      \
   TABLE(LinearGemm)        \
+  TABLE(LinearBlockscaled) \
   TABLE(SdpaDecode)        \
   TABLE(SdpaPrefill16)     \
   TABLE(SdpaPrefill8)      \

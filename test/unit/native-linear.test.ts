@@ -160,6 +160,30 @@ describe("linear on CUDA", () => {
     expect(chosen(made).kernel.scratch?.(stepOf(made), hopper)).toBeLessThan(4096 * 16);
   });
 
+  test("blocks of mxfp8 and nvfp4 are scaled by the units of compute capability 10.0, where that is tried", () => {
+    const blackwell = { ...H100, name: "NVIDIA B200", major: 10, minor: 0 };
+    const on = cudaCapabilities(blackwell, ["cublaslt", TRIALS.blocks]);
+    for (const format of [FORMATS.mxfp8_e4m3, FORMATS.nvfp4]) {
+      const made = { weight: format, x: format, rows: 300, gated: true, n: 272, k: 544 };
+      expect(id(made, on)).toBe("cuda/linear/cublaslt_blocks");
+      const reason = (features: typeof on) =>
+        chosen(plan(made, features)).explanation.rejected.find((row) => row.id === "cuda/linear/cublaslt_blocks")
+          ?.reason;
+      expect(reason(cudaCapabilities(blackwell, ["cublaslt"]))).toContain("FEWBIT_CUDA_TRIAL=blocks");
+      expect(reason(hopper)).toContain("10.0");
+      const program = plan(made, on);
+      const { rest, parts, k } = parse(dispatchOf(program, on));
+      expect([rest[0], parts, k]).toEqual([4, 2, 544]);
+      // Scales of 300 rows fill 3 tiles of 128 down, those of 272 three as well; 512 bytes are 4 blocks of 128 rows.
+      const tiles = Math.ceil(544 / (format === FORMATS.nvfp4 ? 16 : 32) / 4);
+      const bytes = 3 * (3 * tiles * 512) + 1280 + 2304 + 4 * 2 * 300 * 272;
+      expect(chosen(program).kernel.scratch?.(stepOf(program), on)).toBe(bytes);
+    }
+    expect(id({ weight: FORMATS.mxfp4, x: FORMATS.mxfp4, rows: 300, ...big }, on)).not.toBe(
+      "cuda/linear/cublaslt_blocks",
+    );
+  });
+
   test("kernels on trial are chosen only where the environment names them, and say so", () => {
     const made = { weight: FORMATS.bf16, x: FORMATS.bf16, rows: 4096, gated: true, ...big };
     const { kernel, rejected } = chosen(plan(made, cudaCapabilities(H100, ["cublaslt"]))).explanation;

@@ -26,7 +26,7 @@ struct CublasLt {
   };
 
   // Values of cublasLt.h, cublas_api.h and library_types.h, which never change.
-  enum Type : int { kF32 = 0, kF16 = 2, kS8 = 3, kS32 = 10, kBf16 = 14, kE4m3 = 28, kE5m2 = 29 };
+  enum Type : int { kF32 = 0, kF16 = 2, kS8 = 3, kS32 = 10, kBf16 = 14, kE4m3 = 28, kE5m2 = 29, kE2m1 = 33 };
   enum Compute : int { kCompute32F = 68, kCompute32I = 72 };
   enum DescAttribute : int {
     kTransA = 3,
@@ -37,7 +37,7 @@ struct CublasLt {
     kScaleModeA = 31,
     kScaleModeB = 32,
   };
-  enum ScaleMode : int { kScalar = 0, kOuterVector = 3 };
+  enum ScaleMode : int { kScalar = 0, kBlocks16E4m3 = 1, kBlocks32E8m0 = 2, kOuterVector = 3 };
   enum PreferenceAttribute : int { kMaxWorkspace = 1, kMinAlignA = 5, kMinAlignB = 6, kMinAlignC = 7, kMinAlignD = 8 };
 
   Handle handle = nullptr;

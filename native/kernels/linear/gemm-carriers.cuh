@@ -12,7 +12,7 @@ namespace fewbit::linear {
 namespace {
 
 /** What the tensor cores multiply. The order is that of `CARRIERS` in linear-gemm.ts. */
-enum class Carrier : int { stored, bf16, f16, s8 };
+enum class Carrier : int { stored, bf16, f16, s8, blocks };
 
 struct GemmParams : WeightGroup {
   Activations x;

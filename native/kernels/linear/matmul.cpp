@@ -44,7 +44,7 @@ int64_t bytesOf(CublasLt::Type type) {
     case CublasLt::kF16:
     case CublasLt::kBf16:
       return 2;
-    default:
+    default:  // two codes of e2m1 a byte: rows start on 16 bytes either way
       return 1;
   }
 }
@@ -79,7 +79,8 @@ cudaError_t matmul(const Launch& launch, const Matmul& p) {
     if (!made) return cudaErrorNotSupported;  // an older library without this mode
   }
   // Rows of the table take float8 operands only where the step declares short sums.
-  if (made && bytesOf(p.typeX) == 1 && !integer) made = set(*blas, d.desc, CublasLt::kFastAccum, int8_t{1});
+  const bool blocks = p.mode == CublasLt::kBlocks16E4m3 || p.mode == CublasLt::kBlocks32E8m0;
+  if (made && bytesOf(p.typeX) == 1 && !integer && !blocks) made = set(*blas, d.desc, CublasLt::kFastAccum, int8_t{1});
   if (!made) return cudaErrorUnknown;
 
   const void* c = p.c == nullptr ? p.d : p.c;

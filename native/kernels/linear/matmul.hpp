@@ -14,8 +14,11 @@ struct Matmul {
   /** D = X W^T + C; C may be D. */
   const void* c = nullptr;
   int64_t strideC = 0;
-  /** float32 scales that multiply the result: one each (`kScalar`) or one a row of x and of W (`kOuterVector`). */
-  const float *scaleX = nullptr, *scaleW = nullptr;
+  /**
+   * float32 scales that multiply the result: one each (`kScalar`) or one a row of x and of W (`kOuterVector`); or one code for each
+   * block along K, swizzled (swizzle.hpp).
+   */
+  const void *scaleX = nullptr, *scaleW = nullptr;
   CublasLt::ScaleMode mode = CublasLt::kScalar;
 };
 

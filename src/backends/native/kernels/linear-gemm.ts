@@ -1,5 +1,5 @@
 import { roundUp } from "../../../core/shape.js";
-import { type Codec, codecName, type Format, type ScaleLevel } from "../../../formats/format.js";
+import { type Codec, codecName, extentOf, type Format, type ScaleLevel } from "../../../formats/format.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import type { Capabilities } from "../../backend.js";
@@ -19,9 +19,10 @@ import { needsFeature } from "./sdpa-step.js";
 
 const GEMM: Entry = { name: "linear/gemm", abi: 2 };
 const WGMMA: Entry = { name: "linear/wgmma", abi: 1 };
+const BLOCKSCALED: Entry = { name: "linear/blockscaled", abi: 1 };
 
 /** What the tensor cores multiply, in the order of `Carrier` in gemm.cu. */
-const CARRIERS = ["stored", "bf16", "f16", "s8"] as const;
+const CARRIERS = ["stored", "bf16", "f16", "s8", "blocks"] as const;
 
 /** How a step becomes products of carriers: how many of them make an element, and whether they hold its scales. */
 interface Plan {
@@ -124,6 +125,28 @@ function asF16(bound: BoundStep): Plan | string {
   return { carrier: "f16", xParts: exact ? 1 : 2, wParts: 1, scaledX: true, scaledW: true };
 }
 
+/** Blocks along K that cuBLASLt scales by itself: of 32 float8 codes by a power of two, of 16 e2m1 codes by an e4m3. */
+function blockOf({ element, scales, zero }: Format, k: number): 16 | 32 | null {
+  const [first, second, ...more] = scales;
+  if (first === undefined || zero.domain !== "none" || more.length > 0 || first.block[0] !== 1) return null;
+  const kind = `${codecName(element)} ${codecName(first.codec)} ${first.block[1]}`;
+  if (["e4m3 e8m0 32", "e5m2 e8m0 32"].includes(kind)) return second === undefined ? 32 : null;
+  const outer = second === undefined || extentOf(second.block[1], k) >= k;
+  return kind === "e2m1 e4m3 16" && outer ? 16 : null;
+}
+
+/** Both operands as they lie, with scales that the units of compute capability 10 on apply block by block. */
+function asBlocks(bound: BoundStep): Plan | string {
+  const { weight, x, n, k } = formatsOf(bound);
+  if (x === null) return "x is float32, which tensor cores round";
+  const block = blockOf(weight, k);
+  if (block === null || blockOf(x, k) !== block) return `block scaling does not multiply ${x.name} by ${weight.name}`;
+  if (k % 32 !== 0 || n % 16 !== 0) return `K must be a multiple of 32 and N of 16: they are ${k} and ${n}`;
+  return [x, weight].every(({ element }) => codecName(element) === "e5m2")
+    ? "the library does not multiply e5m2 by e5m2"
+    : { carrier: "blocks", xParts: 1, wParts: 1, scaledX: false, scaledW: false };
+}
+
 const library: Requirement = {
   unmet: (_, device) => (device.features.has("cublaslt") ? null : "no cuBLASLt was found"),
 };
@@ -164,7 +187,21 @@ const HOPPER: Multiplier = {
   leavesProducts: false,
 };
 
-/** As gemm.cu takes it apart: every array starts on 256 bytes. */
+const BLOCK_SCALING: Multiplier = {
+  entry: BLOCKSCALED,
+  requires: [
+    library,
+    within,
+    needsFeature("sm>=100", "block scaling begins with compute capability 10.0"),
+    needsFeature(TRIALS.blocks, "it was never run on such a device: FEWBIT_CUDA_TRIAL=blocks tries it"),
+  ],
+  leavesProducts: true,
+};
+
+/** Bytes of swizzled scales, as swizzle.hpp counts them. */
+const swizzledBytes = (rows: number, blocks: number): number => Math.ceil(rows / 128) * Math.ceil(blocks / 4) * 512;
+
+/** As gemm.cu and blockscaled.cu take it apart: every array starts on 256 bytes. */
 function scratchBytes(bound: BoundStep, plan: Plan, { leavesProducts }: Multiplier): number {
   const { n, k, weight } = formatsOf(bound);
   const rows = bound.outputRows;
@@ -175,6 +212,9 @@ function scratchBytes(bound: BoundStep, plan: Plan, { leavesProducts }: Multipli
     converts ? 2 * plan.xParts * rows * columns : 0,
     converts ? 2 * matrices * plan.wParts * n * columns : 0,
     plan.carrier === "s8" ? matrices * n * columns : 0,
+    ...(plan.carrier === "blocks"
+      ? [rows, ...Array<number>(matrices).fill(n)].map((count) => swizzledBytes(count, k / scaleRun(weight, k)))
+      : []),
     4 * rows,
     4 * matrices * n,
     leavesProducts ? 4 * matrices * rows * n : 0,
@@ -259,6 +299,7 @@ export const GEMM_KERNELS: readonly NativeKernel[] = [
     efficiency: { bandwidth: 0.12, compute: 0.5 },
     rowTile,
   }),
+  row("cuda/linear/cublaslt_blocks", BLOCK_SCALING, asBlocks, { efficiency: { bandwidth: 0.35, compute: 0.9 } }),
   row("cuda/linear/cublaslt", LIBRARY_ALONE, asLibrary, { efficiency: { bandwidth: 0.8, compute: 0.67 } }),
   row("cuda/linear/cublaslt_finish", LIBRARY, asLibrary, { efficiency: { bandwidth: 0.35, compute: 0.55 } }),
   row("cuda/linear/cublaslt_s8", LIBRARY, asBytes, { efficiency: { bandwidth: 0.3, compute: 0.8 } }),
