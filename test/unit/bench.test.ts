@@ -75,7 +75,7 @@ test("a line a case, with its samples, what it moved and computed, or why it has
 
 test.each([
   ["linear", ["--recipes", "none,nvfp4wo", "--rows", "3"], 2],
-  ["sdpa", ["--contexts", "20"], 7],
+  ["sdpa", ["--contexts", "20"], 9],
   ["model", ["--recipes", "none,int4wo-64"], 4],
 ] as const)("%s measures all of its small cases", async (name, more, cases) => {
   const { code, rows, errors } = await run([name, "--small", "--runs", "1", ...more]);
