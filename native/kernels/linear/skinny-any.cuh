@@ -20,17 +20,13 @@ struct AnyScales {
       for (int h = 0; h < 2; h++) {
         const int index = lane % 4 + 4 * h;
         if (index >= promotions) continue;
-        if (p.promote == Promote::scaled) scale[r][h] = loadScaleBits(w.scale, indexOf(w.scale, n, k0, promotions, index, p.unit));
+        const int k = min(k0 + index * p.unit * 32, p.k - 1);
+        if (p.promote == Promote::scaled)
+          scale[r][h] = loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + k / w.scale.k);
         if (w.zero.codec != ScaleCodec::none)
-          zero[r][h] = loadScaleBits(w.zero, indexOf(w.zero, n, k0, promotions, index, p.unit));
+          zero[r][h] = loadScaleBits(w.zero, int64_t(n / w.zero.rows) * w.zero.columns + k / w.zero.k);
       }
     }
-  }
-  /** Where the code of a chunk's promotion lies. Several promotions have one each, of a power of two of segments. */
-  __device__ __forceinline__ static int64_t indexOf(const Blocks& blocks, int n, int k0, int promotions, int promotion, int unit) {
-    const int row = blocks.rows == 1 ? n : n / blocks.rows;
-    const int column = promotions > 1 ? (k0 >> (36 - __clz(unit))) + promotion : k0 / blocks.k;
-    return int64_t(row) * blocks.columns + min(column, blocks.columns - 1);
   }
   __device__ __forceinline__ static float of(const uint32_t (&codes)[2], ScaleCodec codec, int promotion, int lane) {
     const uint32_t bits = __shfl_sync(~0u, promotion < 4 ? codes[0] : codes[1], (lane & ~3) | (promotion & 3));
@@ -60,10 +56,10 @@ __device__ __forceinline__ void multiplyAny(const SkinnyParams& p, int perTile, 
   const bool ends = p.promote == Promote::end, scaled = p.promote == Promote::scaled;
   const Weights& w = p.weights[0];
   float scale[2] = {1.0f, 1.0f}, zero[2] = {0.0f, 0.0f};
-#pragma unroll 4
+#pragma unroll 1
   for (int segment = 0; segment < C::segments; segment++) {
-    const int promotion = segment >> (31 - __clz(p.unit)), inUnit = segment & (p.unit - 1);
-    const bool fresh = inUnit == 0, last = inUnit == p.unit - 1;
+    const int promotion = segment / p.unit;
+    const bool fresh = segment % p.unit == 0, last = segment % p.unit == p.unit - 1;
     if (fresh) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {

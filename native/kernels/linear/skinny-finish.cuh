@@ -68,55 +68,23 @@ __device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sh
   constexpr int step = 32 * kFinishers(Tiles);
   const int sheet = sheetOf<Tiles>(p);
   const int shift = p.parts == 2 ? 3 : 4, perTile = 1 << shift;
-  const bool finishes = p.partial == nullptr;
-  const auto sumOf = [&](const float* at) {
-    float of[kWorkers];
-#pragma unroll
-    for (int w = 0; w < kWorkers; w++) of[w] = at[w * sheet];
-#pragma unroll
-    for (int apart = kWorkers / 2; apart > 0; apart /= 2)
-#pragma unroll
-      for (int w = 0; w < apart; w++) of[w] += of[w + apart];
-    return of[0];
-  };
-  const auto keep = [&](const Finish& last, int m, int n, const float (&y)[2]) {
-    if (finishes) {
-      last.store(p, m0 + m, n, y);
-    } else {
-      float* slice = p.partial + (int64_t(blockIdx.y) * p.partialRows + m0 + m) * (int64_t(p.n) * p.parts);
-      slice[n] = y[0];
-      if (p.parts == 2) slice[p.n + n] = y[1];
-    }
-  };
-  const int lane = threadIdx.x % 32;
-  if (singleRow(p)) {
-    // One turn for all; every finisher but the first has nothing.
-    const int n = n0 + lane;
-    const bool mine = finisher == 0 && lane < perTile && n < p.n;
-    Finish last;
-    if (finishes && mine) last.fetch(p, m0, n);
-    __syncwarp();
-    wait();
-    if (!mine) return;
-    const float y[2] = {sumOf(sheets + lane), p.parts == 2 ? sumOf(sheets + lane + perTile) : 0.0f};
-    keep(last, 0, n, y);
-    return;
-  }
   const int outputs = perTile * rows;
-  const int pieces = p.parts3;
+  const int pieces = singleRow(p) ? 1 : p.parts3;
+  const bool finishes = p.partial == nullptr;
   Finish next;
   // The first turn only fetches.
 #pragma unroll 1
-  for (int i = finisher * 32 + lane - step; i < outputs; i += step) {
+  for (int i = finisher * 32 + static_cast<int>(threadIdx.x) % 32 - step; i < outputs; i += step) {
     const Finish current = next;
-    const int later = i + step, laterN = n0 + (later & (perTile - 1));
-    if (finishes && later < outputs && laterN < p.n) next.fetch(p, m0 + (later >> shift), laterN);
+    const int later = i + step;
+    if (finishes && later < outputs && n0 + (later & (perTile - 1)) < p.n) next.fetch(p, m0 + (later >> shift), n0 + (later & (perTile - 1)));
     if (i < 0) {
       __syncwarp();
       wait();
       continue;
     }
     const int m = i >> shift, row = i & (perTile - 1);
+    const int n = n0 + row;
     float y[2] = {0.0f, 0.0f};
 #pragma unroll 1
     for (int part = 0; part < p.parts; part++) {
@@ -129,12 +97,28 @@ __device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sh
         sum = finishes ? static_cast<float>(exact) : __int_as_float(exact);
       } else {
 #pragma unroll 1
-        for (int piece = pieces - 1; piece >= 0; piece--) sum += sumOf(column + piece * p.columnsOfX * kPitch);
+        for (int piece = pieces - 1; piece >= 0; piece--) {
+          float of[kWorkers];
+#pragma unroll
+          for (int w = 0; w < kWorkers; w++) of[w] = column[w * sheet + piece * p.columnsOfX * kPitch];
+#pragma unroll
+          for (int apart = kWorkers / 2; apart > 0; apart /= 2)
+#pragma unroll
+            for (int w = 0; w < apart; w++) of[w] += of[w + apart];
+          sum += of[0];
+        }
       }
       y[0] = part == 0 ? sum : y[0];
       y[1] = part == 1 ? sum : y[1];
     }
-    if (n0 + row < p.n) keep(current, m, n0 + row, y);
+    if (n >= p.n) continue;
+    if (finishes) {
+      current.store(p, m0 + m, n, y);
+    } else {
+      float* slice = p.partial + (int64_t(blockIdx.y) * p.partialRows + m0 + m) * (int64_t(p.n) * p.parts);
+      slice[n] = y[0];
+      if (p.parts == 2) slice[p.n + n] = y[1];
+    }
   }
 }
 

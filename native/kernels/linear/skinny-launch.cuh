@@ -5,6 +5,7 @@
 
 #include "skinny.cuh"
 
+
 namespace fewbit::linear {
 
 /** Shared memory of a block beside which the next kernel's finds room, and some for small kernels between the two. */
@@ -20,6 +21,9 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const int chunks = chunksOf<Codes>(p.k);
   const auto bytesWith = [&](int stages) {
     p.stages = stages;
+    // A slot is free again when the ring has gone past the tile that used it.
+    const int ofTile = stagesOfTile<Codes>(p.kSlice);
+    p.scaleSlots = (stages + ofTile - 1 + ofTile - 1) / ofTile;
     return sharedOf<Codes, Tiles, Mode>(p).total;
   };
   // All of K in one slice where x fits; then as few slices, and as few passes over the weights, as fit.
@@ -28,7 +32,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   for (; slices == 0; passes++) {
     p.columnsOfX = (wanted + passes - 1) / passes;
     for (int s = 1; s <= std::min(mostSlices, chunks); s++) {
-      p.kSlice = s == 1 ? chunks * C::k : ((chunks + s - 1) / s + kWorkers - 1) / kWorkers * kWorkers * C::k;
+      p.kSlice = (chunks + s - 1) / s * C::k;
       if (bytesWith(2) <= device.sharedPerBlock) {
         slices = (chunks * C::k + p.kSlice - 1) / p.kSlice;
         break;
@@ -75,9 +79,10 @@ cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_
   return launchSkinny<Codes, 1, Mode>(launch, p, rows, scratchBytes);
 }
 
-/** Whether scales can come with the weights: rows of them, one for each row, are copied in pieces of 16 bytes. */
-inline bool rowsOfScales(const SkinnyParams& p, int chunk, bool zero) {
-  bool copied = p.k % chunk == 0;
+/** Whether scales can come with the weights: rows of them, one for each row, are copied in pieces of 16 bytes, and do not crowd out x. */
+inline bool rowsOfScales(const Launch& launch, const SkinnyParams& p, int chunk, bool zero) {
+  const size_t slot = size_t(16) * scalePitch(p) * (zero ? 2 : 1);
+  bool copied = p.k % chunk == 0 && 8 * slot <= launch.context->sharedPerBlock;
   for (int part = 0; part < p.parts; part++) {
     const Weights& w = p.weights[part];
     const int bytes = w.scale.columns * scaleBytes(w.scale.codec);
@@ -90,10 +95,10 @@ inline bool rowsOfScales(const SkinnyParams& p, int chunk, bool zero) {
 
 /** Whether `unit` segments have one scale of the codec, one row a block, and zero points as `zero` says. */
 template <class Codes>
-bool grouped(const SkinnyParams& p, int unit, ScaleCodec codec, bool zero) {
+bool grouped(const Launch& launch, const SkinnyParams& p, int unit, ScaleCodec codec, bool zero) {
   const Weights& w = p.weights[0];
   return p.promote == Promote::scaled && p.unit == unit && w.scale.k == unit * 32 && w.scale.codec == codec &&
-         !p.element.zeros && p.floatZero == zero && rowsOfScales(p, Chunk<Codes::bits>::k, zero);
+         !p.element.zeros && p.floatZero == zero && rowsOfScales(launch, p, Chunk<Codes::bits>::k, zero);
 }
 
 template <class Codes>
@@ -107,17 +112,17 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
       return chooseTiles<SignedBytes, Plain>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, Int4Codes>) {
-    if (grouped<Codes>(p, 2, ScaleCodec::bf16, true))
+    if (grouped<Codes>(launch, p, 2, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<2, true>>(launch, p, rows, scratchBytes);
-    if (grouped<Codes>(p, 4, ScaleCodec::bf16, true))
+    if (grouped<Codes>(launch, p, 4, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<4, true>>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes>) {
-    if (p.fold && p.weights[0].scale.codec == ScaleCodec::e4m3 && rowsOfScales(p, Chunk<4>::k, false))
+    if (p.fold && p.weights[0].scale.codec == ScaleCodec::e4m3 && rowsOfScales(launch, p, Chunk<4>::k, false))
       return chooseTiles<Codes, Folded>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes> || std::is_same_v<Codes, E4m3Codes>) {
-    if (grouped<Codes>(p, 1, ScaleCodec::e8m0, false))
+    if (grouped<Codes>(launch, p, 1, ScaleCodec::e8m0, false))
       return chooseTiles<Codes, Grouped<1, false, 1>>(launch, p, rows, scratchBytes);
   }
   return chooseTiles<Codes, Any>(launch, p, rows, scratchBytes);

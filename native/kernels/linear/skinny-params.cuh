@@ -20,8 +20,9 @@ struct SkinnyParams : WeightGroup {
   int columnsOfX = 1;      // rows of x that one block takes
   int parts3 = 3;          // bf16 parts of an element of x
 
-  int stages = 2;  // of the ring
-  int kSlice = 0;  // elements of K of one block (grid.y blocks side by side): whole stages, but for the last
+  int stages = 2;      // of the ring
+  int scaleSlots = 0;  // tiles whose scales lie in shared memory
+  int kSlice = 0;      // elements of K of one block (grid.y blocks side by side): whole chunks
   float* partial = nullptr;  // [slices, rows of x (capacity), n (* parts)] when there are several
   int64_t partialRows = 0;
   Epilogue epilogue;
@@ -69,18 +70,7 @@ struct Chunk {
   /** A stage of the ring: one chunk a worker. Padding puts the rows that one load reads into different banks. */
   static constexpr int spread = (4 * Bits) % 16 == 0 ? 4 * Bits : 16;
   static constexpr int pitch = kWorkers * rowBytes + spread;
-  static constexpr int codeBytes = 16 * pitch;
-};
-
-/** The scales of a stage, behind its codes: 16 rows of them, then as many of zero points. */
-template <class Codes, class Mode>
-struct StageScales {
-  using C = Chunk<Codes::bits>;
-  static constexpr int chunkBytes = Mode::folds ? C::segments * 2 : C::segments / Mode::unit * Mode::scaleBytes;  // of a row
-  static constexpr int rowBytes = kWorkers * chunkBytes;
-  static constexpr int pitch = rowBytes + 16;
-  static constexpr int bytes = Mode::scaleBytes == 0 ? 0 : 16 * pitch * (Mode::floatZero ? 2 : 1);
-  static constexpr int stageBytes = C::codeBytes + bytes;
+  static constexpr int stageBytes = 16 * pitch;
 };
 
 __device__ __forceinline__ void multiply16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -113,8 +103,17 @@ template <class Codes>
 __host__ __device__ inline int chunksOf(int count) {
   return (count + Chunk<Codes::bits>::k - 1) / Chunk<Codes::bits>::k;
 }
+template <class Codes>
+__host__ __device__ inline int stagesOfTile(int count) {
+  return (chunksOf<Codes>(count) + kWorkers - 1) / kWorkers;
+}
 
-/** Barriers of shared memory: of each kind one a stage, or one a copy of a tile's sums. */
+/** Bytes from row to row of a tile's scales in shared memory. */
+__host__ __device__ inline int scalePitch(const SkinnyParams& p) {
+  return p.weights[0].scale.columns * scaleBytes(p.weights[0].scale.codec) + 16;
+}
+
+/** Barriers of shared memory: one of each kind a stage, and one of each kind a copy of a tile's sums. */
 constexpr int kMostStages = 8;
 struct SkinnyBarriers {
   uint64_t full[kMostStages], empty[kMostStages];
@@ -123,7 +122,7 @@ struct SkinnyBarriers {
 
 /** Shared memory of a block, in order, after the barriers. */
 struct SkinnyShared {
-  size_t x, sums, exchange, ring, total;
+  size_t x, sums, exchange, scales, ring, total;
 };
 template <class Codes, int Tiles, class Mode>
 __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
@@ -133,8 +132,9 @@ __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
   at.x = (sizeof(SkinnyBarriers) + 127) / 128 * 128;
   at.sums = at.x + segments * p.columnsOfX * p.parts3 * 64;
   at.exchange = at.sums + (p.floatZero ? segments / p.unit * Tiles * 8 * 4 : 0);
-  at.ring = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;
-  at.total = at.ring + size_t(p.stages) * StageScales<Codes, Mode>::stageBytes + 16;  // odd widths are read a word beyond their end
+  at.scales = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;
+  at.ring = at.scales + (Mode::scaleBytes > 0 ? size_t(p.scaleSlots) * 16 * scalePitch(p) * (Mode::floatZero ? 2 : 1) : 0);
+  at.total = at.ring + size_t(p.stages) * C::stageBytes + 16;  // fields of odd widths are read a word beyond their end
   return at;
 }
 

@@ -97,10 +97,10 @@ template <class Codes, int Tiles, class Mode>
 __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at,
                                              const Walk<Codes>& walk) {
   using C = Chunk<Codes::bits>;
-  using S = StageScales<Codes, Mode>;
   SkinnyBarriers& barriers = *reinterpret_cast<SkinnyBarriers*>(shared);
   const int lane = threadIdx.x % 32;
   const int sliceBytes = static_cast<int>(int64_t(walk.begin) / 32 * (4 * Codes::bits));
+  const int pitch = Mode::scaleBytes > 0 ? scalePitch(p) : 0;
   const bool leads = electOne();
   // The matrix and the row in it that are row `row` of a tile.
   const auto sourceOf = [&](int tile, int row) {
@@ -108,29 +108,30 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
     return make_int2(min(tile * walk.perTile + row - 8 * part, p.n - 1), part);
   };
   RingPlace place;
+  int slot = 0;
   bool first = true;  // turn around the ring: nothing to wait for
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < walk.tiles; tile += gridDim.x) {
+    const bool whole = (tile + 1) * walk.perTile <= p.n;
+    const int64_t rowAt = int64_t(tile) * walk.perTile * p.rowBytes + sliceBytes;
+    const uint8_t* low = p.weights[0].codes + rowAt;
+    const uint8_t* high = p.parts == 2 ? p.weights[1].codes + rowAt : low + 8 * p.rowBytes;
 #pragma unroll 1
     for (int s = 0; s < walk.stagesOfTile; s++) {
-      if (!first) barrierAwait(&barriers.empty[place.stage], place.parity ^ 1);
       uint64_t* full = &barriers.full[place.stage];
-      uint8_t* stageAt = shared + at.ring + place.stage * S::stageBytes;
+      if (!first) barrierAwait(&barriers.empty[place.stage], place.parity ^ 1);
+      uint8_t* stageAt = shared + at.ring + place.stage * C::stageBytes;
       const uint32_t stage = sharedAddress(stageAt);
       const int from = s * (kWorkers * C::rowBytes);
-      const int chunks = min(walk.chunks - s * kWorkers, kWorkers);
-      const int wanted = chunks * C::rowBytes;
+      const int wanted = min(walk.chunks - s * kWorkers, kWorkers) * C::rowBytes;
       const int bytes = min(wanted, static_cast<int>(p.rowBytes) - sliceBytes - from);
 #if __CUDA_ARCH__ >= 900
       if (leads) barrierExpect(full, 16 * bytes);
-      if ((tile + 1) * walk.perTile <= p.n) {
+      if (whole) {
         if (leads) {
-          const int64_t rowAt = int64_t(tile) * walk.perTile * p.rowBytes + sliceBytes + from;
-          const uint8_t* low = p.weights[0].codes + rowAt;
-          const uint8_t* high = p.parts == 2 ? p.weights[1].codes + rowAt : low + 8 * p.rowBytes;
 #pragma unroll
           for (int row = 0; row < 16; row++)
-            copyRow(stage + row * C::pitch, (row < 8 ? low : high) + row % 8 * p.rowBytes, bytes, full);
+            copyRow(stage + row * C::pitch, (row < 8 ? low : high) + row % 8 * p.rowBytes + from, bytes, full);
         }
       } else {
         __syncwarp();
@@ -152,24 +153,24 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
         const int rest = (wanted - bytes) / 16;
         for (int i = lane; i < 16 * rest; i += 32)
           *reinterpret_cast<uint4*>(stageAt + i / rest * C::pitch + bytes + i % rest * 16) = make_uint4(0, 0, 0, 0);
-        __threadfence_block();
 #if __CUDA_ARCH__ >= 900
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
       }
-      if constexpr (S::bytes > 0) {
-        // Two lanes a row, each with every other piece.
-        const int2 source = sourceOf(tile, lane / 2);
-        const Weights& w = p.weights[source.y];
-        const int64_t offset = int64_t(source.x) * (w.scale.columns * Mode::scaleBytes) +
-                               (walk.begin / C::k + s * kWorkers) * S::chunkBytes;
-        const uint32_t target = stage + C::codeBytes + lane / 2 * S::pitch;
-#pragma unroll
-        for (int i = 0; i < (S::rowBytes + 31) / 32; i++) {
-          const int piece = (i * 2 + lane % 2) * 16;
-          if (piece >= chunks * S::chunkBytes) continue;
-          copy16(target + piece, w.scale.at + offset + piece);
-          if constexpr (Mode::floatZero) copy16(target + 16 * S::pitch + piece, w.zero.at + offset + piece);
+      if constexpr (Mode::scaleBytes > 0) {
+        if (s == 0) {
+          // Two lanes a row, each with every other piece.
+          const int2 source = sourceOf(tile, lane / 2);
+          const Weights& w = p.weights[source.y];
+          const int64_t offset = int64_t(source.x) * (pitch - 16);
+          const uint32_t target =
+              sharedAddress(shared + at.scales) + (slot * (Mode::floatZero ? 32 : 16) + lane / 2) * pitch;
+#pragma unroll 4
+          for (int piece = lane % 2 * 16; piece < pitch - 16; piece += 32) {
+            copy16(target + piece, w.scale.at + offset + piece);
+            if constexpr (Mode::floatZero) copy16(target + 16 * pitch + piece, w.zero.at + offset + piece);
+          }
+          if (++slot == p.scaleSlots) slot = 0;
         }
       }
       barrierArriveAfterCopies(full);

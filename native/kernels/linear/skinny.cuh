@@ -4,11 +4,12 @@
 // significant bits are bf16 exactly, and a float32 is exactly the sum of three bf16 of 8 bits each, so x takes three columns a row
 // (one, when its own stored codes are exact in bf16): every product is exact, sums are float32, scales multiply partial sums.
 //
-// Two blocks a processor (one, where x is large) walk over tiles of 16 output features. One warp of a block streams the weights into a
-// ring of shared memory, as far ahead as the ring has room: across tiles, and before x is there. Eight warps share a tile's K and
-// multiply; two more take turns at adding up what those found and storing it, so that nobody waits for an epilogue. The next kernel may
-// start at once: its blocks take the places of blocks that end, and fill their rings while the others are still at work. x stays in shared
-// memory, in the order in which lanes read it; what does not fit is left to blocks of other slices of K.
+// One block a processor walks over tiles of 16 output features. One of its warps streams the weights into a ring of shared memory,
+// as far ahead as the ring has room: across tiles, and before x is there. Eight warps share a tile's K and multiply; others add up what
+// those found and store it, so that nobody waits for an epilogue. The next kernel may start when a block has asked for its last
+// weights, and a block takes less than half a processor where x is small: two kernels' rings lie side by side, and memory
+// is not idle while one ends and the other begins. x stays in shared memory, in the order in which lanes read it; what
+// does not fit is left to blocks of other slices of K.
 #pragma once
 #include "skinny-any.cuh"
 #include "skinny-finish.cuh"
@@ -18,8 +19,9 @@ namespace fewbit::linear {
 /** Scales and zero points of a worker's chunk, as codes: of row lane / 4, and of row lane / 4 + 8. */
 template <class Codes, class Mode>
 struct ChunkScales {
-  using S = StageScales<Codes, Mode>;
-  static constexpr int bytes = S::chunkBytes, words = bytes < 4 ? 1 : bytes / 4;
+  using C = Chunk<Codes::bits>;
+  static constexpr int bytes = Mode::folds ? C::segments * 2 : C::segments / Mode::unit * Mode::scaleBytes;
+  static constexpr int words = bytes < 4 ? 1 : bytes / 4;
   uint32_t scale[2][words], zero[2][words];
 
   __device__ __forceinline__ static void read(const uint8_t* at, uint32_t (&out)[words]) {
@@ -34,12 +36,12 @@ struct ChunkScales {
       out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
     }
   }
-  /** `at` is that of row lane / 4. */
-  __device__ __forceinline__ void load(const uint8_t* at) {
+  __device__ __forceinline__ void load(const uint8_t* slot, int pitch, int row, int chunk) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      read(at + 8 * r * S::pitch, scale[r]);
-      if constexpr (Mode::floatZero) read(at + (16 + 8 * r) * S::pitch, zero[r]);
+      const uint8_t* at = slot + (row + 8 * r) * pitch + chunk * bytes;
+      read(at, scale[r]);
+      if constexpr (Mode::floatZero) read(at + 16 * pitch, zero[r]);
     }
   }
   __device__ __forceinline__ static float bf16Of(const uint32_t (&codes)[words], int unit) {
@@ -122,11 +124,10 @@ struct TileSums {
   }
 };
 
-// The registers of two blocks leave some to small kernels that run between two of these.
 template <class Codes, int Tiles, class Mode>
-__global__ void __launch_bounds__(kThreads(Tiles), Tiles > 1 ? 1 : Mode::fixed ? 3 : 2) skinny(const __grid_constant__ SkinnyParams p) {
+__global__ void __launch_bounds__(kThreads(Tiles), Tiles == 1 ? 3 : 1)
+    skinny(const __grid_constant__ SkinnyParams p) {
   using C = Chunk<Codes::bits>;
-  using S = StageScales<Codes, Mode>;
   extern __shared__ __align__(128) uint8_t shared[];
   SkinnyBarriers& barriers = *reinterpret_cast<SkinnyBarriers*>(shared);
   const SkinnyShared at = sharedOf<Codes, Tiles, Mode>(p);
@@ -184,15 +185,18 @@ __global__ void __launch_bounds__(kThreads(Tiles), Tiles > 1 ? 1 : Mode::fixed ?
 #pragma unroll
   for (int j = 0; j < Tiles; j++) columnAt[j] = min(j * 8 + g, columns - 1) * 64 + t * 16;
   const uint8_t* mine = shared + at.ring + warp * C::rowBytes + g * C::pitch;
-  const uint8_t* myScales = shared + at.ring + C::codeBytes + warp * S::chunkBytes + g * S::pitch;
   const float* sums = reinterpret_cast<const float*>(shared + at.sums) + 2 * t;
   Element element = p.element;
   if constexpr (Mode::fixed) element.zeros = false;
 
-  const int promotions = Mode::fixed ? C::segments / Mode::unit : C::segments >> (31 - __clz(p.unit));  // of a chunk
+  const int promotions = C::segments / (Mode::fixed ? Mode::unit : p.unit);  // of a chunk
   AnyScales next;
-  if constexpr (!Mode::fixed) next.load(p, walk.perTile, promotions, blockIdx.x, walk.begin + warp * C::k, lane);
+  if constexpr (!Mode::fixed) {
+    if (static_cast<int>(blockIdx.x) < walk.tiles)
+      next.load(p, walk.perTile, promotions, blockIdx.x, walk.begin + warp * C::k, lane);
+  }
   RingPlace place;
+  int slot = 0;
   TileSums<Tiles> of;
 #pragma unroll 1
   for (int tile = blockIdx.x, turn = 0; tile < walk.tiles; tile += gridDim.x, turn++) {
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kThreads(Tiles), Tiles > 1 ? 1 : Mode::fixed ?
 #pragma unroll 1
     for (int s = 0; s < walk.stagesOfTile; s++) {
       const int chunk = s * kWorkers + warp;
-      const AnyScales scales = next;
+      AnyScales scales = next;
       if constexpr (!Mode::fixed) {
         const bool more = chunk + kWorkers < walk.chunks;
         const int nextTile = more ? tile : tile + gridDim.x;
@@ -209,11 +213,14 @@ __global__ void __launch_bounds__(kThreads(Tiles), Tiles > 1 ? 1 : Mode::fixed ?
       }
       barrierAwait(&barriers.full[place.stage], place.parity);
       if (chunk < walk.chunks) {
-        const uint8_t* codes = mine + place.stage * S::stageBytes;
+        const uint8_t* codes = mine + place.stage * C::stageBytes;
         const uint8_t* x = shared + at.x + chunk * (C::segments * columns * 64);
         if constexpr (Mode::fixed) {
           ChunkScales<Codes, Mode> scales;
-          if constexpr (S::bytes > 0) scales.load(myScales + place.stage * S::stageBytes);
+          if constexpr (Mode::scaleBytes > 0) {
+            const int pitch = scalePitch(p);
+            scales.load(shared + at.scales + slot * 16 * pitch * (Mode::floatZero ? 2 : 1), pitch, g, walk.begin / C::k + chunk);
+          }
 #pragma unroll
           for (int segment = 0; segment < C::segments; segment++) {
             uint32_t low[4], high[4];
@@ -247,8 +254,11 @@ __global__ void __launch_bounds__(kThreads(Tiles), Tiles > 1 ? 1 : Mode::fixed ?
       if (lane == 0) barrierArrive(&barriers.empty[place.stage]);
       place.advance(p.stages);
     }
+    if constexpr (Mode::scaleBytes > 0) {
+      if (++slot == p.scaleSlots) slot = 0;
+    }
     const int copy = turn % 2;
-    if (turn >= 2) barrierAwait(&barriers.stored[copy], turn / 2 % 2 ^ 1);
+    if (turn >= 2) barrierAwait(&barriers.stored[copy], turn / 2 % 2 ^ 1);  // what was there two turns ago
     of.store(p, !ends, exchange + (copy * kWorkers + warp) * sheet, g, t, lane);
     __syncwarp();
     if (lane == 0) barrierArrive(&barriers.summed[copy]);
