@@ -1,6 +1,6 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
-import { type Format, formatKey } from "../formats/format.js";
-import { concatRows, type QuantizedTensor, rowwise, sliceRows } from "../formats/tensor.js";
+import { codecVector, type Format, formatKey } from "../formats/format.js";
+import { concatBlocks, type QuantizedTensor, rowwise, sliceRows } from "../formats/tensor.js";
 import type { TensorType, Value, ValueId } from "../ir/graph.js";
 import { type HostTensor, isDense } from "../ir/tensor.js";
 import type { Plan } from "../plan/plan.js";
@@ -65,7 +65,10 @@ export function weightGroup(weights: readonly (readonly [ValueId, TensorType])[]
   return { ids: weights.map(([id]) => id), format, rows, k, slices };
 }
 
-/** What one buffer of weights holds: `parts` are placed at byte offsets, the rest stays as allocated. */
+/**
+ * Some of what one buffer of weights holds: `parts` are placed at byte offsets, the rest stays as allocated. The first upload of
+ * a source makes its buffer of `bytes`.
+ */
 export interface WeightUpload {
   readonly source: Source;
   readonly label: string;
@@ -74,8 +77,8 @@ export interface WeightUpload {
 }
 
 /**
- * Fetches every weight that `sources` name and hands it to `upload`, one group at a time, so that the host holds one group at
- * most, and part by part, so that it never holds the device's layout beside the tensor itself.
+ * Fetches every weight that `sources` name and hands it to `upload`, part by part: the host holds the element codes of one tensor
+ * at a time, and never the device's layout beside them.
  */
 export async function loadWeights(
   plan: Plan,
@@ -95,46 +98,69 @@ export async function loadWeights(
   const total = plan.bytes.weights;
   for (const { kind, ids } of groups.values()) {
     throwIfAborted(options.signal, "uploading weights");
-    const tensors: HostTensor[] = [];
-    for (const id of ids) {
+    const label = ids.map((id) => values[id]?.name).join("+");
+    const send = (parts: readonly WeightUpload[]) => {
+      for (const part of parts) {
+        upload(part);
+        for (const [, data] of part.parts) done += data.byteLength;
+      }
+    };
+    const fetch = async (id: ValueId): Promise<HostTensor> => {
       const value = values[id] as Value;
       const tensor = await weights(value.name);
       checkWeight(tensor, value);
-      tensors.push(tensor);
-    }
-    const label = ids.map((id) => values[id]?.name).join("+");
-    const uploads =
-      kind === "dense"
-        ? [denseUpload(ids, label, tensors)]
-        : storedUploads(
-            weightGroup(
-              ids.map((id) => [id, (values[id] as Value).type]),
-              maxBinding,
-            ),
-            label,
-            tensors as QuantizedTensor[],
-          );
-    for (const part of uploads) {
-      upload(part);
-      done += part.bytes;
+      return tensor;
+    };
+    if (kind === "dense") {
+      const tensors: HostTensor[] = [];
+      for (const id of ids) tensors.push(await fetch(id));
+      send([denseUpload(ids, label, tensors)]);
+    } else {
+      const types = ids.map((id) => [id, (values[id] as Value).type] as const);
+      const group = weightGroup(types, maxBinding);
+      const blocks: QuantizedTensor[] = [];
+      let row = 0;
+      for (const id of ids) {
+        const tensor = (await fetch(id)) as QuantizedTensor;
+        send(codeUploads(group, label, tensor, row));
+        row += tensor.shape[0];
+        blocks.push({ ...tensor, qdata: new Uint32Array(0) });
+      }
+      send(blockUploads(group, label, concatBlocks(blocks)));
     }
     options.onProgress?.(Math.min(done, total), total);
   }
 }
 
-function storedUploads(group: WeightGroup, label: string, tensors: readonly QuantizedTensor[]): WeightUpload[] {
-  const whole = concatRows(tensors);
-  return group.slices.map(({ begin, end }, slice) => {
+/** The element codes of a tensor whose first row is row `row` of the group. */
+function codeUploads(
+  { ids, slices }: WeightGroup,
+  label: string,
+  { format, shape, qdata }: QuantizedTensor,
+  row: number,
+): WeightUpload[] {
+  const [vectorRows] = codecVector(format.element);
+  const stride = (qdata.length * vectorRows) / Math.max(shape[0], 1);
+  return slices.flatMap(({ begin, end, layout }, slice): WeightUpload[] => {
+    const [from, to] = [Math.max(begin, row), Math.min(end, row + shape[0])];
+    if (from >= to) return [];
+    const codes = qdata.subarray(((from - row) / vectorRows) * stride, ((to - row) / vectorRows) * stride);
+    const parts = [[((from - begin) / vectorRows) * stride * 4, codes]] as const;
+    return [{ source: { kind: "weights", ids, slice }, label, bytes: layout.bytes, parts }];
+  });
+}
+
+/** Scales, zero points and tables of a group. */
+function blockUploads({ ids, slices }: WeightGroup, label: string, whole: QuantizedTensor): WeightUpload[] {
+  return slices.map(({ begin, end, layout }, slice) => {
     const part = sliceRows(whole, begin, end);
-    const layout = storedLayout(part.format, part.shape);
     const parts: (readonly [number, ArrayBufferView | undefined])[] = [
-      [0, part.qdata],
       ...layout.scales.map((at, i) => [at * 4, part.scales[i]] as const),
       [layout.zero * 4, part.zero],
       [layout.table * 4, part.table],
     ];
     return {
-      source: { kind: "weights", ids: group.ids, slice },
+      source: { kind: "weights", ids, slice },
       label,
       bytes: layout.bytes,
       parts: parts.filter((entry): entry is [number, ArrayBufferView] => (entry[1]?.byteLength ?? 0) > 0),

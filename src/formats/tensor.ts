@@ -215,11 +215,14 @@ export function rowwise(format: Format): Format {
   return { ...format, scales };
 }
 
-/** The rows of several tensors of one format and k, one after another, in the `rowwise` format. */
-export function concatRows(tensors: readonly QuantizedTensor[]): QuantizedTensor {
+/**
+ * The rows of several tensors of one format and k, one after another, in the `rowwise` format, but for their element codes: `qdata`
+ * is empty, and that of `tensors` is not looked at (of several).
+ */
+export function concatBlocks(tensors: readonly QuantizedTensor[]): QuantizedTensor {
   const [first, ...rest] = tensors;
   if (first === undefined)
-    throw new FewbitError("graph/invalid", { where: "concatRows", reason: "there is no tensor" });
+    throw new FewbitError("graph/invalid", { where: "concatBlocks", reason: "there is no tensor" });
   if (rest.length === 0) return first;
   const format = rowwise(first.format);
   const k = first.shape[1];
@@ -228,14 +231,12 @@ export function concatRows(tensors: readonly QuantizedTensor[]): QuantizedTensor
   const out = {
     format,
     shape: [rows, k] as const,
-    qdata: new Uint32Array(words.qdata),
+    qdata: new Uint32Array(0),
     scales: words.scales.map((count) => new Uint32Array(count)),
     ...(words.zero > 0 ? { zero: new Uint32Array(words.zero) } : {}),
   };
   let begin = 0;
-  let word = 0;
   for (const tensor of tensors) {
-    out.qdata.set(tensor.qdata, word);
     for (const [i, level] of format.scales.entries()) {
       const from = first.format.scales[i] as ScaleLevel;
       appendCodes(out.scales[i], tensor.scales[i], level, from, tensor.shape, begin, codecBits(level.codec));
@@ -244,7 +245,6 @@ export function concatRows(tensors: readonly QuantizedTensor[]): QuantizedTensor
       }
     }
     begin += tensor.shape[0];
-    word += tensor.qdata.length;
   }
   return out;
 }

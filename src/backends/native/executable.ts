@@ -74,7 +74,7 @@ export class NativeExecutable implements Executable {
     const shared = sources.filter((source): source is SharedSource => source.kind !== "constant");
     const { maxBinding } = this.#device.capabilities;
     await loadWeights(this.#plan, maxBinding, shared, weights, options, ({ source, label, bytes, parts }) => {
-      const buffer = buffers.add(source, label, bytes);
+      const buffer = buffers.has(source) ? buffers.get(source) : buffers.add(source, label, bytes);
       for (const [at, data] of parts) buffers.write(buffer, at, data);
     });
     const largest = this.#plan.buckets.length - 1;

@@ -51,6 +51,11 @@ export class ProgramBuffers {
     return buffer;
   }
 
+  /** The buffer of a source, made if it is not. */
+  obtain(source: Source, label: string, bytes: number): GPUBuffer {
+    return this.#named.get(sourceKey(source, this.#plan)) ?? this.add(source, label, bytes);
+  }
+
   get(source: Source): GPUBuffer {
     const buffer = this.#named.get(sourceKey(source, this.#plan));
     if (buffer === undefined)

@@ -72,7 +72,7 @@ export class WebGpuExecutable implements Executable {
       const sources = dispatches.flat(2).flatMap(({ bindings }) => bindings.map(({ source }) => source));
       const { maxBinding } = device.capabilities;
       await loadWeights(plan, maxBinding, sources, weights, options, ({ source, label, bytes, parts }) => {
-        const buffer = executable.#buffers.add(source, label, bytes);
+        const buffer = executable.#buffers.obtain(source, label, bytes);
         for (const [at, data] of parts) device.gpu.queue.writeBuffer(buffer, at, data as Uint8Array<ArrayBuffer>);
       });
       for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps));
