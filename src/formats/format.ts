@@ -158,6 +158,10 @@ export function codecName(codec: Codec): string {
   return short[key] ?? `e${codec.exponent}m${codec.mantissa}`;
 }
 
+/** Why a format's rows cannot be quantized by themselves, or null: the scales of many rows are quantized together. */
+export const rowsObstacle = ({ rule }: Format): string | null =>
+  "scalers" in rule ? `rule ${rule.kind} quantizes scales of many rows together` : null;
+
 /** Numbers in the extent of a dimension of `size`. */
 export function extentOf(extent: Extent, size: number): number {
   return extent === "all" ? size : extent;

@@ -1,5 +1,5 @@
 import { FewbitError } from "../core/errors.js";
-import { formatKey } from "../formats/format.js";
+import { formatKey, rowsObstacle } from "../formats/format.js";
 import type { Graph, Node, ValueId } from "../ir/graph.js";
 import { OPS } from "../ir/ops.js";
 import { kindOf, type Step, type StepKind } from "./step.js";
@@ -94,8 +94,7 @@ function rowQuantizeOf(view: View, id: ValueId): number | null {
   // Scales that are given are operands of their own, which no fused kernel reads.
   if (index === null || nodeAt(view, index).inputs.length > 1) return null;
   const { format, heads } = (nodeAt(view, index) as Node<"quantize">).attrs;
-  // An nf4 scale is quantized together with those of other rows.
-  const byRow = format.rule.kind !== "nf4" && format.scales.every(({ block }) => block[0] === 1);
+  const byRow = rowsObstacle(format) === null && format.scales.every(({ block }) => block[0] === 1);
   return byRow && heads === undefined ? index : null;
 }
 

@@ -1,4 +1,4 @@
-import { extentOf, type Format } from "../../../formats/format.js";
+import { extentOf, type Format, rowsObstacle } from "../../../formats/format.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { type Stream, streams } from "../../rope-step.js";
 import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, value } from "../kernel.js";
@@ -21,7 +21,8 @@ function rowObstacle(format: Format, size: number): string | null {
   if (obstacle !== null) return obstacle;
   const [first, second] = format.scales;
   if (second !== undefined) return `${format.name} has a second scale level, which other tokens share`;
-  if (format.rule.kind === "nf4") return "rule nf4 quantizes scales of many rows together";
+  const together = rowsObstacle(format);
+  if (together !== null) return together;
   if (first === undefined) return null;
   if (first.block[0] !== 1) return `a block of ${format.name} spans ${first.block[0]} rows, which other tokens share`;
   return size % extentOf(first.block[1], size) === 0 ? null : `its block of ${first.block[1]} does not divide ${size}`;

@@ -1,4 +1,4 @@
-import { codecBits, extentOf, type Format } from "../../../formats/format.js";
+import { codecBits, extentOf, type Format, rowsObstacle } from "../../../formats/format.js";
 import type { Node, ValueId } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { streams } from "../../rope-step.js";
@@ -35,10 +35,9 @@ function quantizeObstacle(bound: BoundStep): string | null {
   const { node, norm } = quantizeStep(bound);
   const { format, perTensorScale } = node.attrs;
   const k = bound.shape(node.outputs[0] as ValueId).at(-1) as number;
-  const obstacle = ruleObstacle(format) ?? fourObstacle(format, k);
+  const obstacle = ruleObstacle(format) ?? fourObstacle(format, k) ?? rowsObstacle(format);
   if (obstacle !== null) return obstacle;
   const { rule, scales, name } = format;
-  if (rule.kind === "nf4") return "rule nf4 quantizes scales of many rows together";
   if (scales[1] !== undefined && (rule.kind !== "nvfp4" || perTensorScale === undefined))
     return `${name} has a second scale level, which depends on other blocks`;
   const [height, width] = scales[0]?.block ?? [1, 1];
