@@ -184,7 +184,7 @@ export class Arguments {
         nvfp4 !== undefined && guarded ? LEAST_TENSOR_SCALE[nvfp4.variant] : 0,
         options.perTensorScale ?? 0,
       )
-      .int(rule.kind === "nf4" ? rule.scalers : 0);
+      .int("scalers" in rule ? rule.scalers : 0);
   }
 }
 

@@ -59,7 +59,7 @@ function passesOf(format: Format, perTensorScale: number | undefined): Entry[] {
   const outer = scales[1] === undefined || rule.kind === "mslk_int4" ? [] : [OUTER];
   if (outer.length > 0 && perTensorScale === undefined) outer.unshift(ROW_EXTREMES);
   const blocks = byRow(format) ? [ROWS] : [EXTREMES, CHOOSE, ENCODE];
-  return [...outer, ...blocks, ...(rule.kind === "nf4" ? [SCALER_MEAN, SCALERS] : [])];
+  return [...outer, ...blocks, ...("scalers" in rule ? [SCALER_MEAN, SCALERS] : [])];
 }
 
 /** Blocks along k, and words of scratch before the parameters of blocks. */
