@@ -96,3 +96,16 @@ test("a draw by a cluster needs compute capability 9", () => {
   expect(kernelOf(planned(graph, every))).toBe("cuda/sample/cluster");
   expect(kernelOf(planned(graph, every, cudaCapabilities({ ...H100, major: 8, minor: 0 })))).toBe("cuda/sample");
 });
+
+test("norms whose weights an earlier step may make are left to kernels that wait before they read them", () => {
+  const normed = (made: boolean, format: Format | null) => {
+    const g = new GraphBuilder({ T: 8 });
+    const gain = g.weight("gain", dense("f32", [64]));
+    const weight = made ? g.one("unary", [gain], { fn: "silu" }) : gain;
+    const y = g.one("rmsnorm", [g.input("x", dense("f32", ["T", 64])), weight], { eps: 1e-5 });
+    g.output("y", format === null ? y : g.one("quantize", [y], { format }));
+    return planned(g.build(), every)?.buckets[0]?.choices.at(-1)?.kernel.id;
+  };
+  expect([normed(false, null), normed(true, null)]).toEqual(["cuda/rmsnorm/rows", "cuda/rmsnorm"]);
+  expect([normed(false, FORMATS.bf16), normed(true, FORMATS.bf16)]).toEqual(["cuda/quantize/rows", "cuda/quantize"]);
+});

@@ -31,8 +31,16 @@ function fourObstacle({ name, element, scales }: Format, k: number): string | nu
   return `a block of ${name} spans ${width} elements of a row: ${BLOCKS.join(", ")} or all are taken`;
 }
 
+/** Why a norm's weights cannot be read before earlier kernels are complete, as these kernels do, or null. */
+function earlyObstacle(bound: BoundStep, { inputs }: Node<"rmsnorm" | "layernorm">): string | null {
+  const made = inputs.slice(1).find((id) => bound.graph.values[id]?.role !== "weight");
+  return made === undefined ? null : `${bound.name(made)} is no weight: it may be made by an earlier step`;
+}
+
 function quantizeObstacle(bound: BoundStep): string | null {
   const { node, norm } = quantizeStep(bound);
+  const early = norm === undefined ? null : earlyObstacle(bound, norm);
+  if (early !== null) return early;
   const { format, perTensorScale } = node.attrs;
   const k = bound.shape(node.outputs[0] as ValueId).at(-1) as number;
   const obstacle = ruleObstacle(format) ?? fourObstacle(format, k) ?? rowsObstacle(format);
@@ -49,6 +57,8 @@ function quantizeObstacle(bound: BoundStep): string | null {
 
 const normObstacle = (bound: BoundStep): string | null => {
   const node = bound.step.nodes[0] as Node<"rmsnorm" | "layernorm">;
+  const early = earlyObstacle(bound, node);
+  if (early !== null) return early;
   const groups = node.op === "rmsnorm" ? (node.attrs.groups ?? 1) : 1;
   const width = (bound.shape(node.outputs[0] as ValueId).at(-1) as number) / groups;
   return width % 4 === 0 && width <= MOST
