@@ -278,8 +278,15 @@ function isInteger({ element, zero }: Format): boolean {
   );
 }
 
+/** Codes that may be one or the other neighbour are values with an error. */
+function asValues(x: Allowed): Allowed {
+  if (x.kind !== "stored") return x;
+  return { kind: "near", shape: x.tensor.shape, values: exactValues(x.tensor), error: x.error };
+}
+
 /** x W^T + b. See docs/numerics.md, "linear". */
-function linear(x: Allowed, weight: QuantizedTensor, bias: Near | undefined, fastAccum = false): Near {
+function linear(given: Allowed, weight: QuantizedTensor, bias: Near | undefined, fastAccum = false): Near {
+  const x = asValues(given);
   const [n, k] = weight.shape;
   const stored = x.kind === "equal" ? (x.tensor as QuantizedTensor) : null;
   const [values, inputs] = stored === null ? [floats(x), floats(x)] : [exactValues(stored), magnitudes(stored)];

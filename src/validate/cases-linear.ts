@@ -99,6 +99,30 @@ export function linearRows(formats: readonly Format[]): Row[] {
   add("n1", int8, { n: 1, k: 64 }, { runs: FEW });
   add("large", int4_tinygemm, { n: 130, k: 1024 }, { runs: [{ T: 1 }, { T: 70 }] });
   add("large", int8, { n: 130, k: 2048 }, { activation: int8, runs: [{ T: 1 }, { T: 70 }] });
+  // Steps one after another, which a backend may overlap.
+  const layer = { options: { chain: true }, runs: FEW };
+  for (const [i, format] of [
+    bf16,
+    byRow(int8),
+    byRow(float8_e4m3),
+    withScale(int4_tinygemm, { block: [1, 64] }),
+    withScale(int4_tinygemm, { block: [1, 128] }),
+    FORMATS.nvfp4,
+    mxfp4,
+    FORMATS.mxfp8_e4m3,
+  ].entries())
+    add("chain", format, { n: 1280, k: 512 }, { ...layer, quick: i < 4 });
+  add("chain", byRow(float8_e4m3), { n: 1280, k: 512 }, { ...layer, activation: byRow(float8_e4m3), quick: true });
+  add(
+    "chain_fast",
+    byRow(float8_e4m3),
+    { n: 1280, k: 512 },
+    {
+      options: { chain: true, fastAccum: true },
+      runs: FEW,
+      activation: byRow(float8_e4m3),
+    },
+  );
   const shape = { n: 37, k: 96 };
   for (const [i, base] of [
     bf16,

@@ -29,6 +29,8 @@ export interface Options {
   readonly qkv?: boolean;
   /** The result is rounded to bf16, by whatever makes it. */
   readonly rounds?: boolean;
+  /** Linears and norms one after another, as from one attention of a model to the next. */
+  readonly chain?: boolean;
   /** The linears declare short sums. */
   readonly fastAccum?: boolean;
   /** Queries and probabilities are bf16. */
