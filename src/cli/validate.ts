@@ -105,6 +105,7 @@ async function table(cli: Cli, options: ValidateArguments): Promise<void> {
     ...(options.case && { ids: options.case }),
   };
   let [done, total, device] = [0, 0, ""];
+  const soFar = { passed: 0, failed: 0, unsupported: 0 };
   const report = await makeReport(
     {
       ...(backend && { backends: backend }),
@@ -126,6 +127,7 @@ async function table(cli: Cli, options: ValidateArguments): Promise<void> {
         if (!cli.json) cli.err.write(`${device}: ${event.device.info.name}, ${total} cases\n`);
       } else if (event.kind === "result") {
         const { status, id, reason, rerun } = event.result;
+        soFar[status]++;
         line.show(`${device} ${++done}/${total}  ${id}`);
         if (status !== "failed" || cli.json) return;
         line.clear();
@@ -133,7 +135,14 @@ async function table(cli: Cli, options: ValidateArguments): Promise<void> {
       } else if (event.kind === "absent" && !cli.json)
         cli.err.write(`${event.backend}/${event.tier}: not run: ${event.reason}\n`);
     },
-  ).finally(() => line.clear());
+  )
+    .catch((error: unknown) => {
+      line.clear();
+      const { passed, failed } = soFar;
+      cli.err.write(`ended early, ${device} at ${done} of ${total} cases: ${passed} passed, ${failed} failed so far\n`);
+      throw error;
+    })
+    .finally(() => line.clear());
   if (options.report !== undefined) {
     await mkdir(dirname(options.report), { recursive: true });
     await writeFile(options.report, format === "html" ? reportHtml(report) : reportJson(report));

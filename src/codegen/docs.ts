@@ -27,7 +27,8 @@ export function formatsTable(formats: readonly Format[]): string {
   return `${table(head, rows)}
 
 Bits per weight count scales and zero points of a ${SHAPE.join(" x ")} matrix. Kernels are those of a linear with one row and with 128
-rows; every format also feeds embedding, dequantize and conv2d. CUDA and ROCm: the native backend is not part of this version.`;
+rows; every format also feeds embedding, dequantize and conv2d. The native backend takes every
+row of it on CUDA (docs/native.md); there is none for ROCm yet.`;
 }
 
 /** docs/formats.md. */
