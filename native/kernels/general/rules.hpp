@@ -125,6 +125,20 @@ struct Rule {
     return rnd(add(rnd(div(code, factor)), mean));
   }
 
+  /** `choose` of the rule amax. */
+  FEWBIT_HD Chosen chooseAmax(float lo, float hi, const float* given) const {
+    const float largest = clampTo(larger(-lo, hi), floor, ceiling);
+    const float quotient = div(largest, top);
+    float chosen = before ? rnd(quotient) : quotient;
+    if (power) chosen = nearestPower(chosen);
+    const float least = 1.17549435e-38f;
+    // A scale of zero makes 0/0 of an all-zero block; a subnormal one is flushed by some devices.
+    if (guarded && chosen < least) chosen = larger(quotient, least);
+    if (given != nullptr) chosen = *given;
+    const u32 stored = code(scale, chosen);
+    return {stored, 0u, before ? scale.decode(stored) : chosen, 0.0f};
+  }
+
  private:
   FEWBIT_HD Chosen chooseAffine(float lo, float hi, const float* given, const float* givenZero) const {
     const float least = preserveZero && lo > 0.0f ? 0.0f : lo;
@@ -156,19 +170,6 @@ struct Rule {
     if (given != nullptr) point = fixed;
     const u32 zeroCode = code(zero, point);
     return {stored, zeroCode, inverse, zero.decode(zeroCode)};
-  }
-
-  FEWBIT_HD Chosen chooseAmax(float lo, float hi, const float* given) const {
-    const float largest = clampTo(larger(-lo, hi), floor, ceiling);
-    const float quotient = div(largest, top);
-    float chosen = before ? rnd(quotient) : quotient;
-    if (power) chosen = nearestPower(chosen);
-    const float least = 1.17549435e-38f;
-    // A scale of zero makes 0/0 of an all-zero block; a subnormal one is flushed by some devices.
-    if (guarded && chosen < least) chosen = larger(quotient, least);
-    if (given != nullptr) chosen = *given;
-    const u32 stored = code(scale, chosen);
-    return {stored, 0u, before ? scale.decode(stored) : chosen, 0.0f};
   }
 
   /** The power of two nearest in log2: no float32 is sqrt(2) times one, 0x3504f3 is the last mantissa below. */

@@ -70,7 +70,10 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
                                                          const Grain grain, const bool aligned, const u32* symbols) {
   __shared__ float sums[32];
   __shared__ Keys extremes[32];
+  __shared__ float sumsOfBlocks[kCluster];
+  __shared__ Keys extremesOfBlocks[kCluster];
   releaseSuccessor();
+  if (share.cluster > 1) clusterSync();  // a block's shared memory is written by others only once it runs
   const Place place(share, job.k);
   const Input& in = job.in;
   constexpr bool kScaled = CODER != Coder::bfloat && CODER != Coder::half;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
     for (int i = 0; i < FOURS; i++)
       if (place.holds(i)) weight[i] = loadFour(in.weight + place.element(i), true);
   }
-  if (kScaled) touch(job.rule);
+  touch(job);
   const bool inside = place.row < job.rows.at(symbols);
   awaitPredecessor();
   if (!inside) return;
@@ -94,7 +97,14 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < FOURS; i++) sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
-    const float factor = 1.0f / sqrtf(teamSum(sum, place, sums) / static_cast<float>(in.width) + in.eps);
+    sum = teamSum(sum, place, sums);
+    if (share.cluster > 1) {
+      if (threadIdx.x < kCluster) tell(reinterpret_cast<u32*>(&sumsOfBlocks[blockIdx.y]), threadIdx.x, bitcast<u32>(sum));
+      clusterSync();
+      sum = 0.0f;
+      for (int block = 0; block < kCluster; block++) sum += sumsOfBlocks[block];
+    }
+    const float factor = 1.0f / sqrtf(sum / static_cast<float>(in.width) + in.eps);
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
       if (!place.holds(i)) continue;
@@ -127,8 +137,19 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
       for (int i = 0; i < FOURS; i++)
         if (place.holds(i)) addFour(all, x[i]);
       all = teamKeys(all, place, extremes);
+      if (share.cluster > 1) {
+        if (threadIdx.x < kCluster) {
+          tell(&extremesOfBlocks[blockIdx.y].low, threadIdx.x, all.low);
+          tell(&extremesOfBlocks[blockIdx.y].high, threadIdx.x, all.high);
+        }
+        clusterSync();
+        for (int block = 0; block < kCluster; block++) all.merge(extremesOfBlocks[block]);
+      }
     }
-    chosen = FOURS == 1 ? job.choose(band, all, outer) : chosenOf(job, band, all, outer);
+    if (CODER == Coder::e4m3 && job.rule.kind == RuleKind::amax)
+      chosen = job.rule.chooseAmax(all.lo(), all.hi(), job.given == nullptr ? nullptr : job.given + band);
+    else
+      chosen = FOURS == 1 ? job.choose(band, all, outer) : chosenOf(job, band, all, outer);
     if (stores && place.element(0) == 0) job.store(band, chosen);
   }
 
@@ -158,10 +179,10 @@ cudaError_t start(const Launch& launch, const QuantizeJob& job) {
   const Grain grain = !job.scaled ? Grain::none : job.columns == 1 ? Grain::row : Grain::blocks;
   const bool whole = job.in.kind == InputKind::norm || (grain == Grain::row && job.given == nullptr);
   const bool aligned = inFours(job.in.aAt) && (job.in.b == nullptr || inFours(job.in.bAt));
-  const Share share = shareRows(rows, job.k, whole, *launch.context);
+  const Share share = shareRows(rows, job.k, whole, *launch.context, grain != Grain::blocks);
   return withFours(share.fours, [&](auto fours) {
-    return launchOverlapped(launch, quantize<CODER, fours.value>, share.grid(rows), share.threads, 0, job, share, grain, aligned,
-                            launch.deviceSymbols);
+    return launchClusters(launch, quantize<CODER, fours.value>, share.grid(rows), dim3(1, share.cluster), share.threads, 0, job, share,
+                          grain, aligned, launch.deviceSymbols);
   });
 }
 

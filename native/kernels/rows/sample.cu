@@ -1,12 +1,13 @@
 // sample by a cluster of blocks: every logit is read once and stays in a register, blocks tell each other sums and extremes.
 #include "../general/sample.cuh"
+#include "cluster.cuh"
 #include "codes.cuh"
 #include "fewbit/overlap.cuh"
 
 namespace fewbit::rows {
 namespace {
 
-constexpr int kBlocks = 8;  // the largest cluster that every device of compute capability 9 takes
+constexpr int kBlocks = kCluster;
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kBlocks == 8 && kWarps == kWarp, "lanes add up what blocks and warps found");
@@ -24,21 +25,6 @@ struct Shared {
   u32 keys[kWarps];
   int ids[kWarps];
 };
-
-__device__ __forceinline__ void clusterSync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-/** Writes to where `at` lies in the shared memory of another block. */
-__device__ __forceinline__ void tell(u32* at, int block, u32 value) {
-#if __CUDA_ARCH__ >= 900
-  const u32 own = static_cast<u32>(__cvta_generic_to_shared(at));
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(block));
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
-#endif
-}
 
 /** The larger key and, of equal ones, the lower id. */
 __device__ __forceinline__ void prefer(u32& bestKey, int& best, u32 otherKey, int other) {
@@ -286,20 +272,8 @@ cudaError_t start(const Launch& launch, const Sample& s) {
   const size_t bytes = sizeof(float) * 4 * FOURS * kThreads;
   const cudaError_t error = allowShared(kernel, bytes + sizeof(Shared));
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kBlocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = launch.stream;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kBlocks;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, s, reinterpret_cast<std::uintptr_t>(s.logits) % 16 == 0);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(s.logits) % 16 == 0;
+  return launchClusters(launch, kernel, dim3(kBlocks), dim3(kBlocks), kThreads, bytes, s, aligned);
 }
 
 /** args: those of `general/sample`. Up to kMostLogits of them; compute capability 9 on. */

@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "cluster.cuh"
 #include "codes.cuh"
 #include "fewbit/overlap.cuh"
 
@@ -18,6 +19,7 @@ struct Share {
   int fours;    // 1, 4 or 8 of each thread
   int width;    // of a piece
   int pieces;   // of a row
+  int cluster = 1;  // pieces of a row whose blocks tell each other what they found
 
   dim3 grid(i64 rows) const {
     const int teams = threads / lanes;
@@ -25,8 +27,11 @@ struct Share {
   }
 };
 
-/** `whole`: a row is one piece, which has at most 4 * kMostFours * kMostThreads elements. */
-inline Share shareRows(i64 rows, int width, bool whole, const Context& context) {
+/**
+ * `whole`: the threads of a row need to know of each other: it is one piece of at most 4 * kMostFours * kMostThreads elements, or, with
+ * `clusters`, those of a cluster.
+ */
+inline Share shareRows(i64 rows, int width, bool whole, const Context& context, bool clusters = false) {
   const auto up = [](int a, int b) { return (a + b - 1) / b; };
   if (width <= 512) {
     return {rows >= 4 ? 4 * kWarp : kWarp, kWarp, width <= 4 * kWarp ? 1 : 4, width, 1};
@@ -37,6 +42,10 @@ inline Share shareRows(i64 rows, int width, bool whole, const Context& context) 
     const int fours = many ? 4 : 1;
     const int piece = 4 * 256 * fours;
     return {256, 256, fours, piece, up(width, piece)};
+  }
+  if (clusters && !many && width > 4096 && width % (4 * kCluster) == 0 && width / kCluster <= 4 * kMostThreads && context.major >= 9) {
+    const int piece = width / kCluster, threads = up(piece, 4 * kWarp) * kWarp;
+    return {threads, threads, 1, piece, kCluster, kCluster};
   }
   const int most = many ? 256 : kMostThreads;
   const int fours = up(width, 4) <= most ? 1 : up(width, 16) <= most ? 4 : kMostFours;
@@ -64,20 +73,6 @@ struct Place {
   __device__ bool holds(int i) const { return four(i) < fours; }
   __device__ int element(int i) const { return first + 4 * four(i); }
 };
-
-/**
- * Reads a kernel's parameter, so that the multiprocessor has it near. Each launch has parameters of its own, which otherwise arrive
- * line by line as branches ask for them; before `awaitPredecessor` this costs nothing.
- */
-template <class T>
-__device__ __forceinline__ void touch(const T& parameter) {
-  constexpr int kLine = 64;
-  const char* bytes = reinterpret_cast<const char*>(&parameter);
-  u32 all = 0u;
-#pragma unroll
-  for (int at = 0; at + 4 <= static_cast<int>(sizeof(T)); at += kLine) all ^= *reinterpret_cast<const u32*>(bytes + at);
-  asm volatile("" ::"r"(all));
-}
 
 /** The sum over a team, for all its threads. `shared` is used once. */
 __device__ __forceinline__ float teamSum(float x, const Place& place, float* shared) {

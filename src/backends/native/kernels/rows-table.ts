@@ -50,7 +50,7 @@ function quantizeObstacle(bound: BoundStep): string | null {
     return `${name} has a second scale level, which depends on other blocks`;
   const [height, width] = scales[0]?.block ?? [1, 1];
   const given = node.inputs[1] !== undefined;
-  if (height !== 1 && !given) return `a block of ${name} spans ${height} rows`;
+  if (height !== 1 && !given && bound.outputRows > 1) return `a block of ${name} spans ${height} rows`;
   const whole = norm !== undefined || (scales.length > 0 && extentOf(width, k) === k && !given);
   return whole && k > MOST ? `a row of ${k} elements does not fit the registers of a block: ${MOST} do` : null;
 }
