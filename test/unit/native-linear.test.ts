@@ -12,7 +12,7 @@ import { makePlan, type Plan } from "../../src/plan/plan.js";
 import type { Choice } from "../../src/plan/select.js";
 import { BoundStep } from "../../src/plan/step.js";
 
-const hopper = cudaCapabilities(H100, ["cublaslt", TRIALS.wgmma]);
+const hopper = cudaCapabilities(H100, ["cublaslt"]);
 const kernels = [...LINEAR_KERNELS, ...GENERAL_KERNELS];
 const [N, K] = [512, 1024];
 
@@ -184,12 +184,8 @@ describe("linear on CUDA", () => {
     );
   });
 
-  test("kernels on trial are chosen only where the environment names them, and say so", () => {
-    const made = { weight: FORMATS.bf16, x: FORMATS.bf16, rows: 4096, gated: true, ...big };
-    const { kernel, rejected } = chosen(plan(made, cudaCapabilities(H100, ["cublaslt"]))).explanation;
-    expect(kernel).toBe("cuda/linear/cublaslt_finish");
-    expect(rejected.find((row) => row.id === "cuda/linear/wgmma")?.reason).toContain("FEWBIT_CUDA_TRIAL=wgmma");
-    expect(trialFeatures("other,wgmma")).toEqual([TRIALS.wgmma]);
+  test("only names of kernels on trial put a feature on trial", () => {
+    expect(trialFeatures("other,blocks")).toEqual([TRIALS.blocks]);
     expect(trialFeatures()).toEqual([]);
   });
 
@@ -218,7 +214,7 @@ describe("linear on CUDA", () => {
   });
 
   test("without the library everything still has a kernel", () => {
-    const on = cudaCapabilities(H100, [TRIALS.wgmma]);
+    const on = cudaCapabilities(H100);
     const { kernel, rejected } = chosen(plan({ weight: FORMATS.bf16, x: FORMATS.bf16, rows: 512 }, on)).explanation;
     expect(kernel).toBe("cuda/linear/wgmma");
     expect(rejected.find((row) => row.id === "cuda/linear/cublaslt")?.reason).toContain("no cuBLASLt");

@@ -114,24 +114,68 @@ __device__ __forceinline__ void octetOfX(const GemmParams& p, int m, int octet, 
   }
 }
 
+/** Eight bf16 numbers times a power of two as f16, and their sum. */
+__device__ __forceinline__ uint4 halvesOf(uint4 eight, float power, float& sum) {
+  const uint32_t in[4] = {eight.x, eight.y, eight.z, eight.w};
+  uint32_t out[4];
+  float pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float low = __uint_as_float(in[i] << 16) * power, high = __uint_as_float(in[i] & 0xffff0000u) * power;
+    pairs[i] = low + high;
+    const __half2 both = __floats2half2_rn(low, high);
+    out[i] = reinterpret_cast<const uint32_t&>(both);
+  }
+  sum = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+/** The largest finite magnitude of `most` and eight bf16 numbers. */
+__device__ __forceinline__ float largest(float most, uint4 eight) {
+  const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float low = fabsf(__uint_as_float(words[i] << 16)), high = fabsf(__uint_as_float(words[i] & 0xffff0000u));
+    most = low < INFINITY ? fmaxf(most, low) : most;
+    most = high < INFINITY ? fmaxf(most, high) : most;
+  }
+  return most;
+}
+
 /** One block a row of x: [part][row][columns]. */
 __global__ void __launch_bounds__(kThreads) carryX(const __grid_constant__ GemmParams p) {
   extern __shared__ float sums[];  // of x over 8 elements, for float zero points
+  constexpr int kKept = 8;         // octets of a thread: rows of up to 16384 are read once
   const int m = blockIdx.x;
   const int rows = gridDim.x;
   if (m >= p.x.rows.at(p.symbols)) return;
   const bool converts = p.carrier == Carrier::bf16 || p.carrier == Carrier::f16;
   const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | static_cast<uintptr_t>(p.x.stride)) & 15) == 0;
-  const bool vector = aligned && (p.x.bits == 0 || (p.x.bits == 16 && !p.x.half && p.x.scale[0].codec == ScaleCodec::none));
+  const bool bf16 = p.x.bits == 16 && !p.x.half && p.x.scale[0].codec == ScaleCodec::none;
+  const bool vector = aligned && (p.x.bits == 0 || bf16);
+  const bool kept = p.carrier == Carrier::f16 && aligned && bf16 && p.xParts == 1 && p.k % 8 == 0 && p.k <= 8 * kThreads * kKept;
+  uint4 row[kKept];
   float2 power = make_float2(1.0f, 1.0f);
   if (p.carrier == Carrier::f16) {
     float most = 0.0f;
-#pragma unroll 2
-    for (int octet = threadIdx.x; octet * 8 < p.k; octet += kThreads) {
-      float values[8] = {};
-      octetOfX(p, m, octet, vector, values);
+    if (kept) {
+      const uint4* in = reinterpret_cast<const uint4*>(p.x.at + int64_t(m) * p.x.stride);
 #pragma unroll
-      for (int i = 0; i < 8; i++) most = fabsf(values[i]) < INFINITY ? fmaxf(most, fabsf(values[i])) : most;
+      for (int i = 0; i < kKept; i++) {
+        const int octet = i * kThreads + threadIdx.x;
+        if (octet * 8 < p.k) row[i] = __ldg(in + octet);
+      }
+#pragma unroll
+      for (int i = 0; i < kKept; i++)
+        if ((i * kThreads + threadIdx.x) * 8 < p.k) most = largest(most, row[i]);
+    } else {
+#pragma unroll 2
+      for (int octet = threadIdx.x; octet * 8 < p.k; octet += kThreads) {
+        float values[8] = {};
+        octetOfX(p, m, octet, vector, values);
+#pragma unroll
+        for (int i = 0; i < 8; i++) most = fabsf(values[i]) < INFINITY ? fmaxf(most, fabsf(values[i])) : most;
+      }
     }
     power = powerFor(blockMax(most), headroom(p));
   }
@@ -141,20 +185,31 @@ __global__ void __launch_bounds__(kThreads) carryX(const __grid_constant__ GemmP
   const int64_t partStride = int64_t(rows) * p.columns;
   const int zeros = zeroColumns(p);
   const int kEnd = p.columns - zeros;
+  if (kept) {
+#pragma unroll
+    for (int i = 0; i < kKept; i++) {
+      const int octet = i * kThreads + threadIdx.x;
+      if (octet * 8 >= kEnd) break;
+      float sum;
+      reinterpret_cast<uint4*>(out)[octet] = halvesOf(octet * 8 < p.k ? row[i] : make_uint4(0, 0, 0, 0), power.x, sum);
+      if (zeros > 0) sums[octet] = sum;
+    }
+  } else {
 #pragma unroll 2
-  for (int octet = threadIdx.x; octet * 8 < kEnd; octet += kThreads) {
-    float values[8] = {};
-    octetOfX(p, m, octet, vector, values);
+    for (int octet = threadIdx.x; octet * 8 < kEnd; octet += kThreads) {
+      float values[8] = {};
+      octetOfX(p, m, octet, vector, values);
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] *= power.x;
-    if (zeros > 0)
-      sums[octet] = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
-    for (int part = 0; part < p.xParts; part++) {
-      uint32_t words[4];
+      for (int i = 0; i < 8; i++) values[i] *= power.x;
+      if (zeros > 0)
+        sums[octet] = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
+      for (int part = 0; part < p.xParts; part++) {
+        uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        words[i] = carry(p.carrier, values[2 * i], part) | carry(p.carrier, values[2 * i + 1], part) << 16;
-      *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+        for (int i = 0; i < 4; i++)
+          words[i] = carry(p.carrier, values[2 * i], part) | carry(p.carrier, values[2 * i + 1], part) << 16;
+        *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
   if (zeros == 0) return;
@@ -171,88 +226,121 @@ __global__ void __launch_bounds__(kThreads) carryX(const __grid_constant__ GemmP
   }
 }
 
-/** The eight values at octet `octet` of a row of weights: codes, with scales when the carriers hold them. */
+/** Words that hold eight codes, read ahead of the stores of others. */
 template <class Codes>
-__device__ __forceinline__ void octetOf(const GemmParams& p, const Weights& w, int n, int octet, const float* scales, int shift,
-                                        float (&values)[8]) {
-  const int k = octet * 8;
-  const float zero = p.element.zeros ? blockValue(w.zero, n, min(k, p.k - 1)) : 0.0f;
-  uint32_t pairs[4];
-  Codes::decode(w.codes + n * p.rowBytes, octet * Codes::bits, p.element, zero, pairs);
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int low = Codes::interleaved ? i : 2 * i, high = Codes::interleaved ? i + 4 : 2 * i + 1;
-    values[low] = __uint_as_float(pairs[i] << 16);
-    values[high] = __uint_as_float(pairs[i] & 0xffff0000u);
+struct Octet {
+  static constexpr bool ahead = Codes::bits == 4 || Codes::bits == 8;
+  alignas(8) uint32_t words[ahead ? Codes::bits / 4 : 1];
+  uint32_t scale = 0;
+
+  __device__ __forceinline__ void fetch(const GemmParams& p, const Weights& w, int n, int octet, int shift) {
+    const int k = min(octet * 8, p.k - 1);
+    const uint8_t* at = w.codes + n * p.rowBytes + octet * Codes::bits;
+    if constexpr (Codes::bits == 4) {
+      words[0] = __ldg(reinterpret_cast<const uint32_t*>(at));
+    } else if constexpr (Codes::bits == 8) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(at));
+      words[0] = two.x, words[1] = two.y;
+    }
+    if (p.scaledW)
+      scale = loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + (shift >= 0 ? k >> shift : k / w.scale.k));
   }
-  if (p.scaledW) {
-    const float scale = scales[shift >= 0 ? min(k, p.k - 1) >> shift : min(k, p.k - 1) / w.scale.k];
+  /** Codes, with scales when the carriers hold them, times `power`; zero beyond K. */
+  __device__ __forceinline__ void decode(const GemmParams& p, const Weights& w, int n, int octet, float power, float (&values)[8]) const {
+    const int k = octet * 8;
+    const float zero = p.element.zeros ? blockValue(w.zero, n, min(k, p.k - 1)) : 0.0f;
+    uint32_t pairs[4];
+    if constexpr (ahead) Codes::decode(reinterpret_cast<const uint8_t*>(words), 0, p.element, zero, pairs);
+    else Codes::decode(w.codes + n * p.rowBytes, octet * Codes::bits, p.element, zero, pairs);
+    const float factor = p.scaledW ? decodeScale(w.scale.codec, scale) : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] *= scale;
+    for (int i = 0; i < 4; i++) {
+      const int low = Codes::interleaved ? i : 2 * i, high = Codes::interleaved ? i + 4 : 2 * i + 1;
+      values[low] = __uint_as_float(pairs[i] << 16) * factor * power;
+      values[high] = __uint_as_float(pairs[i] & 0xffff0000u) * factor * power;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (k + i >= p.k) values[i] = 0.0f;
   }
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    if (k + i >= p.k) values[i] = 0.0f;
+};
+
+__device__ __forceinline__ uint32_t pairOf(Carrier carrier, float low, float high) {
+  if (carrier == Carrier::f16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
-/** One block a row of weights: [matrix][part][row][columns]. */
+/** One warp a row of weights: [matrix][part][row][columns]. */
 template <class Codes>
 __global__ void __launch_bounds__(kThreads) carryW(const __grid_constant__ GemmParams p) {
-  extern __shared__ float scales[];  // of this row
-  const int n = blockIdx.x, matrix = blockIdx.y;
+  constexpr int ahead = 4;
+  const int lane = threadIdx.x % 32;
+  const int row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= p.parts * p.n) return;
+  const int matrix = row / p.n, n = row - matrix * p.n;
   const Weights& w = p.weights[matrix];
   const int shift = (w.scale.k & (w.scale.k - 1)) == 0 ? 31 - __clz(w.scale.k) : -1;
-  if (p.scaledW) {
-    for (int i = threadIdx.x; i < w.scale.columns; i += kThreads)
-      scales[i] = decodeScale(w.scale.codec, loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + i));
-    __syncthreads();
-  }
   const int zeros = zeroColumns(p);
   const int kEnd = p.columns - zeros;
   float2 power = make_float2(1.0f, 1.0f);
   if (p.carrier == Carrier::f16) {
     // No code is larger than 2^bits; a zero point's own code is a bf16 of its row.
     float most = 0.0f;
-    for (int i = threadIdx.x; i < w.scale.columns; i += kThreads) {
-      most = fmaxf(most, fabsf(scales[i]) * (1 << (Codes::bits - 1)));
+    for (int i = lane; i < w.scale.columns; i += 32) {
+      const float scale = decodeScale(w.scale.codec, loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + i));
+      most = fmaxf(most, fabsf(scale) * (1 << (Codes::bits - 1)));
       if (zeros > 0) {
         const int64_t at = int64_t(n / w.zero.rows) * w.zero.columns + i;
         most = fmaxf(most, fabsf(decodeScale(w.zero.codec, loadScaleBits(w.zero, at))));
       }
     }
-    power = powerFor(blockMax(most), 15);
-  }
-  if (threadIdx.x == 0)
-    p.wFactor[int64_t(matrix) * p.n + n] =
-        power.y * (p.scaledW ? 1.0f : blockValue(w.scale, n, 0)) * blockValue(w.outer, n, 0);
-  if (p.carrier == Carrier::stored) return;
-  if (p.carrier == Carrier::s8) {
-    uint8_t* out = p.wCarrier + (int64_t(matrix) * p.n + n) * p.columns;
-    for (int octet = threadIdx.x; octet < p.columns / 8; octet += kThreads) {
-      float values[8] = {};
-      if (octet * 8 < p.k) octetOf<Codes>(p, w, n, octet, scales, shift, values);
-      uint32_t words[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < 8; i++) words[i / 4] |= (static_cast<uint32_t>(static_cast<int>(values[i])) & 255u) << (8 * (i % 4));
-      *reinterpret_cast<uint2*>(out + octet * 8) = make_uint2(words[0], words[1]);
-    }
-    return;
+    for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+    power = powerFor(most, 15);
   }
+  if (lane == 0)
+    p.wFactor[row] = power.y * (p.scaledW ? 1.0f : blockValue(w.scale, n, 0)) * blockValue(w.outer, n, 0);
+  if (p.carrier == Carrier::stored) return;
+  const bool bytes = p.carrier == Carrier::s8;
+  uint8_t* outBytes = p.wCarrier + int64_t(row) * p.columns;
   uint16_t* out = reinterpret_cast<uint16_t*>(p.wCarrier) + (int64_t(matrix) * p.wParts * p.n + n) * p.columns;
   const int64_t partStride = int64_t(p.n) * p.columns;
-#pragma unroll 2
-  for (int octet = threadIdx.x; octet < kEnd / 8; octet += kThreads) {
-    float values[8] = {};
-    if (octet * 8 < p.k) octetOf<Codes>(p, w, n, octet, scales, shift, values);
-    for (int part = 0; part < p.wParts; part++) {
-      uint32_t words[4];
+  for (int begin = lane; begin < kEnd / 8; begin += 32 * ahead) {
+    Octet<Codes> octets[ahead];
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        words[i] = carry(p.carrier, values[2 * i] * power.x, part) | carry(p.carrier, values[2 * i + 1] * power.x, part) << 16;
-      *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < ahead; i++) {
+      const int octet = begin + 32 * i;
+      if (octet * 8 < p.k) octets[i].fetch(p, w, n, octet, shift);
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; i++) {
+      const int octet = begin + 32 * i;
+      if (octet >= kEnd / 8) break;
+      float v[8] = {};
+      if (octet * 8 < p.k) octets[i].decode(p, w, n, octet, power.x, v);
+      if (bytes) {
+        uint32_t words[2] = {0, 0};
+#pragma unroll
+        for (int j = 0; j < 8; j++) words[j / 4] |= (static_cast<uint32_t>(static_cast<int>(v[j])) & 255u) << (8 * (j % 4));
+        *reinterpret_cast<uint2*>(outBytes + octet * 8) = make_uint2(words[0], words[1]);
+      } else if (p.wParts == 1) {
+        *reinterpret_cast<uint4*>(out + octet * 8) = make_uint4(pairOf(p.carrier, v[0], v[1]), pairOf(p.carrier, v[2], v[3]),
+                                                                pairOf(p.carrier, v[4], v[5]), pairOf(p.carrier, v[6], v[7]));
+      } else {
+        for (int part = 0; part < p.wParts; part++) {
+          uint32_t words[4];
+#pragma unroll
+          for (int j = 0; j < 4; j++) words[j] = carry(p.carrier, v[2 * j], part) | carry(p.carrier, v[2 * j + 1], part) << 16;
+          *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
     }
   }
-  for (int i = threadIdx.x; i < zeros; i += kThreads) {
+  for (int i = lane; i < zeros; i += 32) {
     const int group = i / 2;
     float zero = 0.0f;
     if (group < w.zero.columns)

@@ -11,8 +11,8 @@ namespace {
 
 template <class Codes>
 void launchCarryW(const Launch& launch, const GemmParams& p) {
-  const size_t shared = p.scaledW ? size_t(p.weights[0].scale.columns) * 4 : 0;
-  carryW<Codes><<<dim3(p.n, p.parts), kThreads, shared, launch.stream>>>(p);
+  constexpr int perBlock = kThreads / 32;
+  carryW<Codes><<<(p.parts * p.n + perBlock - 1) / perBlock, kThreads, 0, launch.stream>>>(p);
 }
 
 cudaError_t carryWeights(const Launch& launch, const GemmParams& p) {

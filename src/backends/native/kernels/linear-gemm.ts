@@ -180,10 +180,7 @@ interface Multiplier {
 const LIBRARY: Multiplier = { entry: GEMM, requires: [library, within], leavesProducts: true };
 const HOPPER: Multiplier = {
   entry: WGMMA,
-  requires: [
-    needsFeature("sm_90", "it is written for the matrix units of compute capability 9.0"),
-    needsFeature(TRIALS.wgmma, "it is not validated through the addon yet: FEWBIT_CUDA_TRIAL=wgmma tries it"),
-  ],
+  requires: [needsFeature("sm_90", "it is written for the matrix units of compute capability 9.0")],
   leavesProducts: false,
 };
 
