@@ -21,7 +21,7 @@ export type { Symbols } from "./ir/evaluate.js";
 export { type Dim, dense, type Graph, GraphBuilder, stored, type TensorType, type ValueId } from "./ir/graph.js";
 export type { BinaryFn, OpAttrs, OpName, UnaryFn } from "./ir/ops.js";
 export type { LogitSettings, SampleSettings } from "./ir/sample.js";
-export type { DenseTensor, HostTensor } from "./ir/tensor.js";
+export type { DenseTensor, HostTensor, TensorRows } from "./ir/tensor.js";
 export { type AttentionMode, applyLowPrecisionAttention } from "./models/attention.js";
 export { type AutoquantOptions, type AutoquantPlan, autoquant, parseAutoquantPlan } from "./models/autoquant.js";
 export {

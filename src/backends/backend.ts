@@ -1,5 +1,5 @@
 import type { Graph } from "../ir/graph.js";
-import type { HostTensor } from "../ir/tensor.js";
+import type { HostTensor, TensorRows } from "../ir/tensor.js";
 import type { Plan } from "../plan/plan.js";
 import type { KernelRow } from "../plan/select.js";
 
@@ -33,8 +33,11 @@ export interface DeviceInfo {
   readonly detail: Readonly<Record<string, string>>;
 }
 
-/** Supplies weights by name, one at a time; the result may be dropped once uploaded. */
-export type WeightSource = (name: string) => HostTensor | Promise<HostTensor>;
+/**
+ * Supplies weights by name, whole or a few rows at a time. The next one is asked for when all rows of one were: a source may use the
+ * same memory for all of them.
+ */
+export type WeightSource = (name: string) => HostTensor | TensorRows | Promise<HostTensor | TensorRows>;
 
 export interface LoadOptions {
   readonly signal?: AbortSignal;

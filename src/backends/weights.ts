@@ -1,8 +1,11 @@
+import { BYTES } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
-import { codecVector, type Format, formatKey } from "../formats/format.js";
-import { concatBlocks, type QuantizedTensor, rowwise, sliceRows } from "../formats/tensor.js";
+import { roundUp, sizeOf } from "../core/shape.js";
+import { type Codec, codecBits, type Format, formatKey } from "../formats/format.js";
+import { type QuantizedTensor, rowwise, rowwiseTensor, sliceRows } from "../formats/tensor.js";
+import { blockCount } from "../formats/window.js";
 import type { TensorType, Value, ValueId } from "../ir/graph.js";
-import { type HostTensor, isDense } from "../ir/tensor.js";
+import { asRows, type DenseTensor, type HostTensor, isDense, type TensorRows } from "../ir/tensor.js";
 import type { Plan } from "../plan/plan.js";
 import type { LoadOptions, WeightSource } from "./backend.js";
 import { type StoredLayout, storedLayout } from "./stored-layout.js";
@@ -73,12 +76,12 @@ export interface WeightUpload {
   readonly source: Source;
   readonly label: string;
   readonly bytes: number;
-  readonly parts: readonly (readonly [at: number, data: ArrayBufferView])[];
+  readonly parts: readonly Part[];
 }
 
 /**
- * Fetches every weight that `sources` name and hands it to `upload`, part by part: the host holds the element codes of one tensor
- * at a time, and never the device's layout beside them.
+ * Fetches every weight that `sources` name, one tensor after another, and hands it to `upload` as its rows come: the host holds a
+ * tile of a tensor, and never the device's layout beside it. `upload` has taken the bytes of a part when it is done.
  */
 export async function loadWeights(
   plan: Plan,
@@ -86,7 +89,7 @@ export async function loadWeights(
   sources: Iterable<Source>,
   weights: WeightSource,
   options: LoadOptions,
-  upload: (part: WeightUpload) => void,
+  upload: (part: WeightUpload) => void | Promise<void>,
 ): Promise<void> {
   const { values } = plan.graph;
   const groups = new Map<string, Extract<Source, { kind: "weights" | "dense" }>>();
@@ -96,87 +99,120 @@ export async function loadWeights(
   }
   let done = 0;
   const total = plan.bytes.weights;
+  const send = async (part: WeightUpload) => {
+    await upload(part);
+    for (const [, data] of part.parts) done += data.byteLength;
+  };
   for (const { kind, ids } of groups.values()) {
-    throwIfAborted(options.signal, "uploading weights");
     const label = ids.map((id) => values[id]?.name).join("+");
-    const send = (parts: readonly WeightUpload[]) => {
-      for (const part of parts) {
-        upload(part);
-        for (const [, data] of part.parts) done += data.byteLength;
+    const types = ids.map((id) => [id, (values[id] as Value).type] as const);
+    const placed: Placed =
+      kind === "dense" ? denseUploads(types, label) : groupUploads(weightGroup(types, maxBinding), label);
+    for (const id of ids) {
+      throwIfAborted(options.signal, "uploading weights");
+      for await (const tile of checkedTiles(asRows(await weights((values[id] as Value).name)), values[id] as Value)) {
+        throwIfAborted(options.signal, "uploading weights");
+        for (const part of placed(tile)) await send(part);
       }
-    };
-    const fetch = async (id: ValueId): Promise<HostTensor> => {
-      const value = values[id] as Value;
-      const tensor = await weights(value.name);
-      checkWeight(tensor, value);
-      return tensor;
-    };
-    if (kind === "dense") {
-      const tensors: HostTensor[] = [];
-      for (const id of ids) tensors.push(await fetch(id));
-      send([denseUpload(ids, label, tensors)]);
-    } else {
-      const types = ids.map((id) => [id, (values[id] as Value).type] as const);
-      const group = weightGroup(types, maxBinding);
-      const blocks: QuantizedTensor[] = [];
-      let row = 0;
-      for (const id of ids) {
-        const tensor = (await fetch(id)) as QuantizedTensor;
-        send(codeUploads(group, label, tensor, row));
-        row += tensor.shape[0];
-        blocks.push({ ...tensor, qdata: new Uint32Array(0) });
-      }
-      send(blockUploads(group, label, concatBlocks(blocks)));
     }
     options.onProgress?.(Math.min(done, total), total);
   }
 }
 
-/** The element codes of a tensor whose first row is row `row` of the group. */
-function codeUploads(
-  { ids, slices }: WeightGroup,
-  label: string,
-  { format, shape, qdata }: QuantizedTensor,
-  row: number,
-): WeightUpload[] {
-  const [vectorRows] = codecVector(format.element);
-  const stride = (qdata.length * vectorRows) / Math.max(shape[0], 1);
-  return slices.flatMap(({ begin, end, layout }, slice): WeightUpload[] => {
-    const [from, to] = [Math.max(begin, row), Math.min(end, row + shape[0])];
-    if (from >= to) return [];
-    const codes = qdata.subarray(((from - row) / vectorRows) * stride, ((to - row) / vectorRows) * stride);
-    const parts = [[((from - begin) / vectorRows) * stride * 4, codes]] as const;
-    return [{ source: { kind: "weights", ids, slice }, label, bytes: layout.bytes, parts }];
-  });
+/** Where the next rows of a group go. */
+type Placed = (tile: HostTensor) => Iterable<WeightUpload>;
+
+/** Matrices in slices of the device's layout. */
+function groupUploads({ ids, slices }: WeightGroup, label: string): Placed {
+  const placed = slices.map((slice) => ({
+    ...slice,
+    runs: [...slice.layout.scales, slice.layout.zero].map((at) => new WordRun(at * 4)),
+  }));
+  let row = 0;
+  return function* (tensor) {
+    const tile = ids.length > 1 ? rowwiseTensor(tensor as QuantizedTensor) : (tensor as QuantizedTensor);
+    const [first, last] = [row, row + tile.shape[0]];
+    row = last;
+    for (const [slice, { begin, end, layout, runs }] of placed.entries()) {
+      const [from, to] = [Math.max(begin, first), Math.min(end, last)];
+      if (from >= to) continue;
+      const part = sliceRows(tile, from - first, to - first);
+      const parts: Part[] = [[(from - begin) * (part.qdata.byteLength / (to - from)), part.qdata]];
+      const append = (at: number, codes: Uint32Array | undefined, level: number, codec: Codec) => {
+        const tall = part.format.scales[level]?.block[0] === "all";
+        if (codes === undefined || (tall && from > begin)) return;
+        const bytes = (blockCount(part.format, level, part.shape, to - from) * codecBits(codec)) / 8;
+        parts.push(...(runs[at] as WordRun).append(new Uint8Array(codes.buffer, codes.byteOffset, bytes)));
+      };
+      const { scales, zero } = part.format;
+      for (const [level, { codec }] of scales.entries()) append(level, part.scales[level], level, codec);
+      if (zero.domain !== "none") append(scales.length, part.zero, 0, zero.codec);
+      if (part.table !== undefined && from === begin) parts.push([layout.table * 4, part.table]);
+      if (to === end) for (const run of runs) parts.push(...run.end());
+      yield { source: { kind: "weights", ids, slice }, label, bytes: layout.bytes, parts: parts.filter(hasBytes) };
+    }
+  };
 }
 
-/** Scales, zero points and tables of a group. */
-function blockUploads({ ids, slices }: WeightGroup, label: string, whole: QuantizedTensor): WeightUpload[] {
-  return slices.map(({ begin, end, layout }, slice) => {
-    const part = sliceRows(whole, begin, end);
-    const parts: (readonly [number, ArrayBufferView | undefined])[] = [
-      ...layout.scales.map((at, i) => [at * 4, part.scales[i]] as const),
-      [layout.zero * 4, part.zero],
-      [layout.table * 4, part.table],
-    ];
-    return {
-      source: { kind: "weights", ids, slice },
-      label,
-      bytes: layout.bytes,
-      parts: parts.filter((entry): entry is [number, ArrayBufferView] => (entry[1]?.byteLength ?? 0) > 0),
-    };
-  });
+/** Dense weights one after another, each from a word on. */
+function denseUploads(types: readonly (readonly [ValueId, TensorType])[], label: string): Placed {
+  const sizes = types.map(
+    ([, type]) => sizeOf(type.shape as number[]) * (type.kind === "dense" ? BYTES[type.dtype] : 0),
+  );
+  const starts = sizes.map((_, i) => sizes.slice(0, i).reduce((sum, size) => sum + roundUp(size, 4), 0));
+  const bytes = (starts.at(-1) ?? 0) + roundUp(sizes.at(-1) ?? 0, 4);
+  const source = { kind: "dense", ids: types.map(([id]) => id) } as const;
+  let [which, done] = [0, 0];
+  let run = new WordRun(0);
+  return function* (tile) {
+    const { data } = tile as DenseTensor;
+    const parts = [...run.append(new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength))];
+    done += data.byteLength;
+    if (done === sizes[which]) {
+      parts.push(...run.end());
+      which++;
+      done = 0;
+      run = new WordRun(starts[which] ?? 0);
+    }
+    yield { source, label, bytes, parts: parts.filter(hasBytes) };
+  };
 }
 
-function denseUpload(ids: readonly ValueId[], label: string, tensors: readonly HostTensor[]): WeightUpload {
-  let bytes = 0;
-  const parts = tensors.filter(isDense).map((tensor) => {
-    const data = wholeWords(tensor.data);
-    const at = bytes;
-    bytes += data.byteLength;
-    return [at, data] as const;
-  });
-  return { source: { kind: "dense", ids }, label, bytes, parts };
+type Part = readonly [at: number, data: ArrayBufferView];
+const hasBytes = ([, { byteLength }]: Part): boolean => byteLength > 0;
+
+/** Bytes of a buffer that come one after another, in pieces of any length, and are written in whole words. */
+class WordRun {
+  #at: number;
+  /** What does not fill a word yet. */
+  #rest = new Uint8Array(0);
+
+  constructor(at: number) {
+    this.#at = at;
+  }
+
+  append(bytes: Uint8Array): Part[] {
+    let all = bytes;
+    if (this.#rest.length > 0) {
+      all = new Uint8Array(this.#rest.length + bytes.length);
+      all.set(this.#rest);
+      all.set(bytes, this.#rest.length);
+    }
+    const whole = all.length - (all.length % 4);
+    const at = this.#at;
+    this.#at += whole;
+    this.#rest = all.slice(whole);
+    return [[at, all.subarray(0, whole)]];
+  }
+
+  /** The last word, filled with zeros. */
+  end(): Part[] {
+    if (this.#rest.length === 0) return [];
+    const word = new Uint8Array(4);
+    word.set(this.#rest);
+    this.#rest = new Uint8Array(0);
+    return [[this.#at, word]];
+  }
 }
 
 /** Bytes in whole words, as buffer writes need them. */
@@ -188,11 +224,26 @@ export function wholeWords(data: ArrayBufferView): Uint8Array<ArrayBuffer> {
   return out;
 }
 
-function checkWeight(tensor: HostTensor, { type, name }: Value): void {
-  const got = isDense(tensor) ? tensor.dtype : formatKey(tensor.format);
-  const expected = type.kind === "dense" ? type.dtype : formatKey(type.format);
-  if (got !== expected) throw new FewbitError("dtype/mismatch", { what: name, got, expected });
-  if (tensor.shape.length !== type.shape.length || tensor.shape.some((extent, i) => extent !== type.shape[i])) {
-    throw new FewbitError("shape/mismatch", { what: name, got: tensor.shape, expected: `[${type.shape.join(", ")}]` });
+/** The tiles of a weight. Throws `dtype/mismatch` and `shape/mismatch` when it is not of the value's type, or lacks rows. */
+async function* checkedTiles(weight: TensorRows, { type, name }: Value): AsyncGenerator<HostTensor, void> {
+  checkStorage(weight.storage, type, name);
+  const extents = type.shape as readonly number[];
+  const mismatch = (got: readonly number[]) =>
+    new FewbitError("shape/mismatch", { what: name, got, expected: `[${extents.join(", ")}]` });
+  if (weight.shape.join() !== extents.join()) throw mismatch(weight.shape);
+  let rows = 0;
+  for await (const tile of weight.tiles()) {
+    checkStorage(isDense(tile) ? tile.dtype : tile.format, type, name);
+    if (tile.shape.slice(1).join() !== extents.slice(1).join()) throw mismatch(tile.shape);
+    rows += tile.shape[0] ?? 1;
+    if (rows > (extents[0] ?? 1)) throw mismatch([rows, ...extents.slice(1)]);
+    yield tile;
   }
+  if (rows !== (extents[0] ?? 1)) throw mismatch([rows, ...extents.slice(1)]);
+}
+
+function checkStorage(storage: TensorRows["storage"], type: TensorType, what: string): void {
+  const got = typeof storage === "string" ? storage : formatKey(storage);
+  const expected = type.kind === "dense" ? type.dtype : formatKey(type.format);
+  if (got !== expected) throw new FewbitError("dtype/mismatch", { what, got, expected });
 }

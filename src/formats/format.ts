@@ -7,7 +7,8 @@ import { FewbitError } from "../core/errors.js";
  *   special (all finite; overflow saturates).
  * - `exponent`: a bare power of two, 2^(code - bias), all ones is NaN (e8m0).
  * - `int`: two's complement or unsigned.
- * - `lut`: an index into a table; `vector` is the [rows, k] patch of elements one entry holds ([1, 1]: a scalar table).
+ * - `lut`: an index into a table; `vector` is the [rows, k] patch of elements one entry holds ([1, 1]: a scalar table). Where `entries`
+ *   are `learned`, all numbers of a tensor are in memory, in float32, while they are: no other codec or rule asks for that.
  *   Source: numerics specification, section 2; OCP Microscaling Formats v1.0.
  */
 export type Codec =

@@ -199,27 +199,14 @@ const TYPES: Readonly<Record<number, GgmlType>> = {
     elements: 256,
     bytes: 144,
     format: twoLevelsWithMinimum("ggml_q4_k", 4, 32),
-    unpack(source, at, out) {
-      unpackPairs(source, at, out);
-      for (let e = 0; e < 256; e++) {
-        const byte = source[at + 16 + (e >>> 6) * 32 + (e & 31)] as number;
-        out.elements[out.element + e] = e & 32 ? byte >>> 4 : byte & 15;
-      }
-    },
+    unpack: (source, at, out) => unpackPairs(source, at, out, false),
   },
   13: {
     name: "Q5_K",
     elements: 256,
     bytes: 176,
     format: twoLevelsWithMinimum("ggml_q5_k", 5, 32),
-    unpack(source, at, out) {
-      unpackPairs(source, at, out);
-      for (let e = 0; e < 256; e++) {
-        const byte = source[at + 48 + (e >>> 6) * 32 + (e & 31)] as number;
-        const high = ((source[at + 16 + (e & 31)] as number) >>> (e >>> 5)) & 1;
-        out.elements[out.element + e] = (e & 32 ? byte >>> 4 : byte & 15) | (high << 4);
-      }
-    },
+    unpack: (source, at, out) => unpackPairs(source, at, out, true),
   },
   14: {
     name: "Q6_K",
@@ -274,14 +261,20 @@ const TYPES: Readonly<Record<number, GgmlType>> = {
   },
 };
 
-/** The head that Q4_K and Q5_K share: two float16 scales and eight pairs. */
-function unpackPairs(source: Uint8Array, at: number, out: BlockOutput): void {
+/** Q4_K and Q5_K: two float16 scales and eight pairs, then nibbles; between them Q5_K has the fifth bits (`five`). */
+function unpackPairs(source: Uint8Array, at: number, out: BlockOutput, five: boolean): void {
   (out.supers as Uint16Array)[out.block] = u16(source, at);
   const dmin = f16BitsToF32(u16(source, at + 2));
   for (let j = 0; j < 8; j++) {
     const [scale, minimum] = sixBitPair(source, at + 4, j);
     out.scales[out.group + j] = scale;
     putMinimum(out, j, dmin, minimum);
+  }
+  const low = at + (five ? 48 : 16);
+  for (let e = 0; e < 256; e++) {
+    const byte = source[low + (e >>> 6) * 32 + (e & 31)] as number;
+    const fifth = five ? ((source[at + 16 + (e & 31)] as number) >>> (e >>> 5)) & 1 : 0;
+    out.elements[out.element + e] = (e & 32 ? byte >>> 4 : byte & 15) | (fifth << 4);
   }
 }
 

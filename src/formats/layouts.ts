@@ -22,8 +22,12 @@ export function packNibbles(codes: ArrayLike<number>, low: NibbleOrder): Uint8Ar
   return bytes;
 }
 
-export function unpackNibbles(bytes: ArrayLike<number>, low: NibbleOrder): Uint8Array {
-  const codes = new Uint8Array(bytes.length * 2);
+/** The inverse of `packNibbles`; `codes` may be given. */
+export function unpackNibbles(
+  bytes: ArrayLike<number>,
+  low: NibbleOrder,
+  codes = new Uint8Array(bytes.length * 2),
+): Uint8Array {
   for (let i = 0; i < bytes.length; i++) {
     const byte = (bytes[i] as number) & 255;
     codes[2 * i] = low === "first" ? byte & 15 : byte >>> 4;
@@ -37,13 +41,13 @@ export function signExtend(codes: ArrayLike<number>, bits: number): Int32Array {
   return Int32Array.from(codes as ArrayLike<number>, (code) => (code << (32 - bits)) >> (32 - bits));
 }
 
-/** The [columns, rows] transpose of a row-major matrix. */
+/** The [columns, rows] transpose of a row-major matrix, in `out` where that is given. */
 export function transpose<T extends Float32Array | Int32Array | Uint32Array | Uint16Array | Uint8Array | Int8Array>(
   data: T,
   rows: number,
   columns: number,
+  out = new (data.constructor as new (length: number) => T)(data.length),
 ): T {
-  const out = new (data.constructor as new (length: number) => T)(data.length);
   for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) out[c * rows + r] = data[r * columns + c] as number;
   return out;
 }
@@ -77,10 +81,15 @@ export function packTiles4d(codes: ArrayLike<number>, n: number, k: number): Int
   return words;
 }
 
-export function unpackTiles4d(words: ArrayLike<number>, n: number, k: number): Uint8Array {
+/** The inverse of `packTiles4d`; `codes` may be given. */
+export function unpackTiles4d(
+  words: ArrayLike<number>,
+  n: number,
+  k: number,
+  codes = new Uint8Array(n * k),
+): Uint8Array {
   requireMultiple("tile_packed_to_4d", "N", n, 8);
   requireMultiple("tile_packed_to_4d", "K", k, 128);
-  const codes = new Uint8Array(n * k);
   for (let word = 0; word < words.length; word++) {
     for (let p = 0; p < 8; p++) codes[tilePosition(word, p, k)] = ((words[word] as number) >>> (4 * p)) & 15;
   }
@@ -105,6 +114,8 @@ export function cropMatrix<T extends Float32Array | Int32Array | Uint32Array | U
   [n, k]: readonly [number, number],
   fromK: number,
 ): T {
+  // Nothing is copied where there is no column to cut off.
+  if (k === fromK) return data.subarray(0, n * k) as T;
   const out = new (data.constructor as new (length: number) => T)(n * k);
   for (let row = 0; row < n; row++) out.set(data.subarray(row * fromK, row * fromK + k), row * k);
   return out;
@@ -128,8 +139,13 @@ export function toBlocked(scales: ArrayLike<number>, rows: number, columns: numb
   return out;
 }
 
-export function fromBlocked(blocked: ArrayLike<number>, rows: number, columns: number): Uint8Array {
-  const out = new Uint8Array(rows * columns);
+/** The inverse of `toBlocked`, in `out` where that is given. */
+export function fromBlocked(
+  blocked: ArrayLike<number>,
+  rows: number,
+  columns: number,
+  out = new Uint8Array(rows * columns),
+): Uint8Array {
   for (let r = 0; r < rows; r++) {
     for (let c = 0; c < columns; c++) out[r * columns + c] = blocked[blockedOffset(r, c, columns)] as number;
   }

@@ -1,9 +1,11 @@
 import { viewAs } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
-import { blockGrid, type Codec, codecBits, codecVector, type Format } from "./format.js";
-import { packRow, rowWords, writeCode } from "./pack.js";
+import { Staging } from "../core/staging.js";
+import { type Codec, codecBits, codecVector, type Format } from "./format.js";
+import { packRow, writeCode } from "./pack.js";
 import { CODECS } from "./table.js";
-import { checkTensor, type QuantizedTensor, tensorWords } from "./tensor.js";
+import { type QuantizedTensor, sliceRows } from "./tensor.js";
+import { blockCount, blockRows, RowWindow } from "./window.js";
 
 export type Codes = Uint8Array | Int8Array | Uint16Array | Uint32Array | Int32Array;
 
@@ -45,63 +47,154 @@ export interface StoredMatrix {
   readonly rows?: Uint32Array;
   /** Column i of the tensor is column columns[i] of the file, so that its input has to be reordered likewise. Slabs have `elements`. */
   readonly columns?: Uint32Array;
-  /** Codes of rows (columns) [begin, end). Scales and zero points come with the rows, or all at once from `blocks`. */
-  read(begin: number, end: number, signal?: AbortSignal): Promise<Slab>;
-  blocks?(signal?: AbortSignal): Promise<BlockCodes>;
+  /**
+   * Codes of rows (columns) [begin, end). Scales and zero points come with the rows, or all at once from `blocks`. Both may lie in
+   * `memory`, and then only until that is released.
+   */
+  read(begin: number, end: number, signal?: AbortSignal, memory?: Staging): Promise<Slab>;
+  blocks?(signal?: AbortSignal, memory?: Staging): Promise<BlockCodes>;
 }
 
 export interface LoadStoredOptions {
   readonly signal?: AbortSignal;
   /** Bytes of the file that are read at once (default 4 MiB; at least one step). */
   readonly tileBytes?: number;
-  readonly onRows?: (rows: number, total: number) => void;
+  /** Memory for the pieces; without it each load has its own. */
+  readonly memory?: Staging;
 }
 
-/** Reads a stored matrix whole, a slab at a time: the peak is the tensor and a few slabs. */
+/** Reads a stored matrix whole, a slab at a time: the peak is the tensor and a slab. */
 export async function loadStored(matrix: StoredMatrix, options: LoadStoredOptions = {}): Promise<QuantizedTensor> {
-  const { format, shape, cut, step } = matrix;
-  const { signal, tileBytes = 4 * 2 ** 20 } = options;
-  const words = tensorWords(format, shape);
-  let tensor: QuantizedTensor = {
-    format,
-    shape: [shape[0], shape[1]],
-    qdata: new Uint32Array(words.qdata),
-    scales: words.scales.map((count) => new Uint32Array(count)),
-    ...(words.zero > 0 ? { zero: new Uint32Array(words.zero) } : {}),
-  };
-  const filled = { scales: words.scales.map(() => 0), zero: 0 };
-  const put = ({ scales, zero, table }: Partial<BlockCodes>) => {
-    if (table !== undefined) tensor = { ...tensor, table };
-    for (const [i, codes] of (scales ?? []).entries()) {
-      const bits = codecBits((format.scales[i] as (typeof format.scales)[number]).codec);
-      filled.scales[i] = writeFlat(tensor.scales[i] as Uint32Array, filled.scales[i] as number, codes, bits);
-    }
-    if (zero !== undefined && tensor.zero !== undefined && format.zero.domain !== "none")
-      filled.zero = writeFlat(tensor.zero, filled.zero, zero, codecBits(format.zero.codec));
-  };
-  const places = { rows: inverse(matrix.rows), columns: inverse(matrix.columns) };
-  const total = cut === "rows" ? shape[0] : shape[1];
-  const lines = Math.max(step, Math.floor(tileBytes / Math.max(1, matrix.bytesPerLine * step)) * step);
-  for (let begin = 0; begin < total; begin += lines) {
-    throwIfAborted(signal, `loading ${matrix.kind}`);
-    const end = Math.min(begin + lines, total);
-    const slab = await matrix.read(begin, end, signal);
-    if (cut === "rows") putElements(tensor, slab, [begin, end], [0, shape[1]], places);
-    else putElements(tensor, slab, [0, shape[0]], [begin, end], places);
-    put(slab);
-    options.onRows?.(Math.floor((end / total) * shape[0]), shape[0]);
+  const { memory = new Staging() } = options;
+  const window = new RowWindow(matrix.format, matrix.shape);
+  const mark = memory.mark;
+  try {
+    const blocks = await blocksOf(matrix, options.signal, memory);
+    await fill(window, matrix, blocks, { ...options, memory });
+    return window.buffers;
+  } finally {
+    memory.release(mark);
   }
-  if (matrix.blocks !== undefined) put(inRowOrder(await matrix.blocks(signal), matrix.rows));
-  checkTensor(tensor, matrix.kind);
-  const counts = format.scales.map((level) => blockGrid(level.block, shape)).map(([rows, columns]) => rows * columns);
-  const zeros = words.zero > 0 ? (counts[0] as number) : 0;
-  if (filled.zero !== zeros || counts.some((count, i) => count !== filled.scales[i]))
-    throw new FewbitError("shape/mismatch", {
-      what: `${matrix.kind} (codes of scales and zero points)`,
-      got: [...filled.scales, filled.zero],
-      expected: `[${[...counts, zeros].join(", ")}]`,
-    });
-  return tensor;
+}
+
+/**
+ * Whether rows of a stored matrix can be had without the others: not where the file holds its transpose, nor where they come in
+ * another order.
+ */
+export const readsByRows = ({ cut, rows }: StoredMatrix): boolean => cut === "rows" && rows === undefined;
+
+/**
+ * Rows [begin, end) of a stored matrix a tile at a time, each good until the next is asked for. One that does not read by rows, or
+ * has a block or step across `begin`, is a single tile.
+ */
+export async function* storedRows(
+  matrix: StoredMatrix,
+  [begin, end]: readonly [begin: number, end: number] = [0, matrix.shape[0]],
+  options: LoadStoredOptions = {},
+): AsyncGenerator<QuantizedTensor, void> {
+  const { format, shape } = matrix;
+  const step = lineStep(matrix);
+  if (!readsByRows(matrix) || begin % step !== 0) return yield sliceRows(await loadStored(matrix, options), begin, end);
+  const { memory = new Staging(), tileBytes = TILE } = options;
+  const mark = memory.mark;
+  try {
+    const blocks = await blocksOf(matrix, options.signal, memory);
+    const height = Math.min(linesOf(matrix, tileBytes), end - begin);
+    const window = new RowWindow(format, shape, height, memory);
+    for (let row = begin; row < end; row += height) {
+      window.move(row, Math.min(row + height, end));
+      await fill(window, matrix, blocks, { ...options, memory });
+      yield window.rows();
+    }
+  } finally {
+    memory.release(mark);
+  }
+}
+
+const TILE = 4 * 2 ** 20;
+
+/** Rows (columns) that everything read at once is a multiple of. */
+const lineStep = ({ cut, step, format }: StoredMatrix): number =>
+  cut === "rows" ? leastCommonMultiple(step, blockRows(format)) : step;
+
+/** Rows (columns) that are read at once: about so many bytes. */
+function linesOf(matrix: StoredMatrix, bytes: number): number {
+  const step = lineStep(matrix);
+  return Math.max(step, Math.floor(bytes / Math.max(1, matrix.bytesPerLine * step)) * step);
+}
+
+const greatestCommonDivisor = (a: number, b: number): number => (b === 0 ? a : greatestCommonDivisor(b, a % b));
+const leastCommonMultiple = (a: number, b: number): number => (a / greatestCommonDivisor(a, b)) * b;
+
+/** The block codes that are had all at once, counted. */
+async function blocksOf(
+  matrix: StoredMatrix,
+  signal: AbortSignal | undefined,
+  memory: Staging,
+): Promise<BlockCodes | undefined> {
+  const blocks = inRowOrder(await matrix.blocks?.(signal, memory), matrix.rows);
+  if (blocks !== undefined) checkCounts(matrix, matrix.shape[0], blocks);
+  return blocks;
+}
+
+/** Throws `shape/mismatch` unless there is a code for every block of so many rows. */
+function checkCounts({ format, shape, kind }: StoredMatrix, rows: number, { scales, zero }: Partial<BlockCodes>): void {
+  const needed = format.scales.map((_, level) => blockCount(format, level, shape, rows));
+  if (format.zero.domain !== "none") needed.push(needed[0] ?? 0);
+  const got = (scales ?? []).map((codes) => codes.length);
+  if (format.zero.domain !== "none") got.push(zero?.length ?? 0);
+  if (got.length === needed.length && needed.every((count, i) => count === got[i])) return;
+  const what = `${kind} (codes of scales and zero points)`;
+  throw new FewbitError("shape/mismatch", { what, got, expected: `[${needed.join(", ")}]` });
+}
+
+/** Reads the rows of a window. */
+async function fill(
+  window: RowWindow,
+  matrix: StoredMatrix,
+  blocks: BlockCodes | undefined,
+  { signal, tileBytes = TILE, memory }: LoadStoredOptions & { readonly memory: Staging },
+): Promise<void> {
+  const { cut, shape } = matrix;
+  const places = { rows: inverse(matrix.rows), columns: inverse(matrix.columns) };
+  const [first, last] = cut === "rows" ? [window.begin, window.end] : [0, shape[1]];
+  const lines = linesOf(matrix, tileBytes);
+  for (let begin = first; begin < last; begin += lines) {
+    throwIfAborted(signal, `loading ${matrix.kind}`);
+    const end = Math.min(begin + lines, last);
+    const mark = memory.mark;
+    const slab = await matrix.read(begin, end, signal, memory);
+    if (cut === "rows") putElements(window, slab, [begin, end], [0, shape[1]], places);
+    else putElements(window, slab, [0, shape[0]], [begin, end], places);
+    if (blocks === undefined) {
+      checkCounts(matrix, end - begin, slab);
+      putBlocks(window, slab, [begin, end], begin);
+    }
+    memory.release(mark);
+  }
+  if (blocks !== undefined) putBlocks(window, blocks, [window.begin, window.end], 0);
+}
+
+/** Writes the block codes of rows [begin, end); those of `codes` begin with row `from`. Rows begin blocks. */
+function putBlocks(
+  window: RowWindow,
+  codes: Partial<BlockCodes>,
+  [begin, end]: readonly [number, number],
+  from: number,
+): void {
+  const { format, shape, buffers } = window;
+  const put = (words: Uint32Array | undefined, part: Codes | undefined, level: number, bits: number) => {
+    if (words === undefined || part === undefined) return;
+    const before = (row: number) =>
+      format.scales[level]?.block[0] === "all" ? 0 : blockCount(format, level, shape, row);
+    const skipped = before(begin) - before(from);
+    const count = blockCount(format, level, shape, end - begin);
+    writeFlat(words, before(begin) - window.firstBlock(level), part.subarray(skipped, skipped + count), bits);
+  };
+  for (const [level, { codec }] of format.scales.entries())
+    put(buffers.scales[level], codes.scales?.[level], level, codecBits(codec));
+  if (format.zero.domain !== "none") put(buffers.zero, codes.zero, 0, codecBits(format.zero.codec));
+  if (codes.table !== undefined) buffers.table?.set(codes.table);
 }
 
 /** Where each row and column of the file goes; null for an order that is kept. */
@@ -118,8 +211,9 @@ function inverse(order: Uint32Array | undefined): Uint32Array | null {
 }
 
 /** Block codes with their rows in another order. */
-function inRowOrder({ scales, zero, ...rest }: BlockCodes, rows: Uint32Array | undefined): BlockCodes {
-  if (rows === undefined) return { scales, ...rest, ...(zero === undefined ? {} : { zero }) };
+function inRowOrder(blocks: BlockCodes | undefined, rows: Uint32Array | undefined): BlockCodes | undefined {
+  if (blocks === undefined || rows === undefined) return blocks;
+  const { scales, zero, ...rest } = blocks;
   const moved = (codes: Codes): Codes => {
     const width = codes.length / rows.length;
     const out = codes.slice();
@@ -131,7 +225,7 @@ function inRowOrder({ scales, zero, ...rest }: BlockCodes, rows: Uint32Array | u
 
 /** Packs a slab's element codes where they belong; column ranges start on a word. */
 function putElements(
-  { format, shape, qdata }: QuantizedTensor,
+  { format, shape, stride, begin, buffers: { qdata } }: RowWindow,
   { elements, packed }: Slab,
   [rowBegin, rowEnd]: readonly [number, number],
   [kBegin, kEnd]: readonly [number, number],
@@ -139,14 +233,19 @@ function putElements(
 ): void {
   const bits = codecBits(format.element);
   const [patchRows, patchK] = codecVector(format.element);
-  const stride = rowWords(shape[1] / patchK, bits);
   const columns = (kEnd - kBegin) / patchK;
   const first = (kBegin / patchK) * bits;
   const bytes = new Uint8Array(qdata.buffer, qdata.byteOffset, qdata.byteLength);
   const rowBytes = Math.ceil((columns * bits) / 8);
   const bitPlaces = places.columns?.subarray(kBegin, kEnd).map((place) => place * bits) ?? null;
-  for (let row = rowBegin / patchRows; row < rowEnd / patchRows; row++) {
-    const at = row - rowBegin / patchRows;
+  const [firstRow, lastRow] = [(rowBegin - begin) / patchRows, (rowEnd - begin) / patchRows];
+  const whole = packed?.length === (lastRow - firstRow) * stride * 4 && columns * patchK === shape[1];
+  if (whole && places.rows === null) {
+    bytes.set(packed, firstRow * stride * 4);
+    return;
+  }
+  for (let row = firstRow; row < lastRow; row++) {
+    const at = row - firstRow;
     const base = (places.rows?.[row] ?? row) * stride;
     if (bitPlaces !== null)
       scatter(qdata, base, (elements as Codes).subarray(at * columns, (at + 1) * columns), bitPlaces, bits);
@@ -186,8 +285,8 @@ function writeFlat(words: Uint32Array, at: number, codes: Codes, bits: number): 
 export interface StoredPart {
   readonly dtype: string;
   readonly shape: readonly number[];
-  /** All bytes, or those of some rows. */
-  read(rows?: readonly [begin: number, end: number], signal?: AbortSignal): Promise<Uint8Array>;
+  /** All bytes, or those of some rows; in `memory`, where that is given and the source can put them there. */
+  read(rows?: readonly [begin: number, end: number], signal?: AbortSignal, memory?: Staging): Promise<Uint8Array>;
 }
 
 /** A part whose bytes are at hand. */

@@ -215,38 +215,25 @@ export function rowwise(format: Format): Format {
   return { ...format, scales };
 }
 
-/**
- * The rows of several tensors of one format and k, one after another, in the `rowwise` format, but for their element codes: `qdata`
- * is empty, and that of `tensors` is not looked at (of several).
- */
-export function concatBlocks(tensors: readonly QuantizedTensor[]): QuantizedTensor {
-  const [first, ...rest] = tensors;
-  if (first === undefined)
-    throw new FewbitError("graph/invalid", { where: "concatBlocks", reason: "there is no tensor" });
-  if (rest.length === 0) return first;
-  const format = rowwise(first.format);
-  const k = first.shape[1];
-  const rows = tensors.reduce((sum, tensor) => sum + tensor.shape[0], 0);
-  const words = tensorWords(format, [rows, k]);
-  const out = {
-    format,
-    shape: [rows, k] as const,
-    qdata: new Uint32Array(0),
-    scales: words.scales.map((count) => new Uint32Array(count)),
-    ...(words.zero > 0 ? { zero: new Uint32Array(words.zero) } : {}),
+/** A tensor in its `rowwise` format: what was one code for every row is one a row. */
+export function rowwiseTensor(tensor: QuantizedTensor): QuantizedTensor {
+  const format = rowwise(tensor.format);
+  if (format === tensor.format) return tensor;
+  const { shape, scales, zero } = tensor;
+  const repeated = (codes: Uint32Array | undefined, level: number, bits: number): Uint32Array => {
+    const { block } = tensor.format.scales[level] as ScaleLevel;
+    if (block[0] !== "all" || codes === undefined) return codes ?? new Uint32Array(0);
+    const columns = blockGrid(block, shape)[1];
+    const out = new Uint32Array(flatWords(shape[0] * columns, bits));
+    for (let i = 0; i < shape[0] * columns; i++) writeCode(out, 0, i, bits, readCode(codes, 0, i % columns, bits));
+    return out;
   };
-  let begin = 0;
-  for (const tensor of tensors) {
-    for (const [i, level] of format.scales.entries()) {
-      const from = first.format.scales[i] as ScaleLevel;
-      appendCodes(out.scales[i], tensor.scales[i], level, from, tensor.shape, begin, codecBits(level.codec));
-      if (i === 0 && format.zero.domain !== "none") {
-        appendCodes(out.zero, tensor.zero, level, from, tensor.shape, begin, codecBits(format.zero.codec));
-      }
-    }
-    begin += tensor.shape[0];
-  }
-  return out;
+  return {
+    ...tensor,
+    format,
+    scales: scales.map((codes, i) => repeated(codes, i, codecBits((format.scales[i] as ScaleLevel).codec))),
+    ...(format.zero.domain === "none" ? {} : { zero: repeated(zero, 0, codecBits(format.zero.codec)) }),
+  };
 }
 
 /** Rows [begin, end) of a tensor; `begin` must start a block of every scale level that is not the whole tensor. */
@@ -282,26 +269,4 @@ export function sliceRows(tensor: QuantizedTensor, begin: number, end: number): 
     ...zero,
     ...(tensor.table === undefined ? {} : { table: tensor.table }),
   };
-}
-
-/** Copies a tensor's block codes to the rows from `begin` on, repeating a whole-tensor code on every row. */
-function appendCodes(
-  to: Uint32Array | undefined,
-  from: Uint32Array | undefined,
-  level: ScaleLevel,
-  source: ScaleLevel,
-  shape: readonly [number, number],
-  begin: number,
-  bits: number,
-): void {
-  if (to === undefined || from === undefined) return;
-  const [rows, columns] = blockGrid(level.block, shape);
-  const blockRows = extentOf(level.block[0], shape[0]);
-  for (let row = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++) {
-      const sourceRow = source.block[0] === "all" ? 0 : row;
-      const code = readCode(from, 0, sourceRow * columns + column, bits);
-      writeCode(to, 0, (begin / blockRows + row) * columns + column, bits, code);
-    }
-  }
 }

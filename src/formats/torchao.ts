@@ -1,15 +1,9 @@
 import { FewbitError } from "../core/errors.js";
 import { roundUp } from "../core/shape.js";
+import { Staging } from "../core/staging.js";
 import { type Block, blockGrid, type Codec, type Format, type Rule, withRule, withScale } from "./format.js";
 import { cropMatrix, fromBlocked, transpose, unpackTiles4d } from "./layouts.js";
-import {
-  type BlockCodes,
-  type Codes,
-  codesOf,
-  type StoredMatrix,
-  type StoredPart,
-  scaleCodec,
-} from "./stored-matrix.js";
+import { type Codes, codesOf, type StoredMatrix, type StoredPart, scaleCodec } from "./stored-matrix.js";
 import { CODECS, FORMATS, type FormatName, VARIANTS } from "./table.js";
 
 /** The name under which a part of parameter `M.w` is stored: `M._w_part`. */
@@ -20,6 +14,7 @@ export function torchaoPartName(parameter: string, part: string): string {
 
 type Attributes = Readonly<Record<string, unknown>>;
 type Shape = readonly [n: number, k: number];
+type Blocks = NonNullable<StoredMatrix["blocks"]>;
 
 /** A stored parameter at hand: its name (for messages), class, attributes and parts. */
 class Stored {
@@ -41,9 +36,9 @@ class Stored {
     return part;
   }
 
-  async codes(name: string, signal?: AbortSignal): Promise<Codes> {
+  async codes(name: string, signal?: AbortSignal, memory?: Staging): Promise<Codes> {
     const part = this.part(name);
-    return codesOf(part.dtype, await part.read(undefined, signal));
+    return codesOf(part.dtype, await part.read(undefined, signal, memory));
   }
 
   /** The codec of a scale part's dtype. */
@@ -86,7 +81,7 @@ class Stored {
     shape: Shape,
     how: "packed" | "elements",
     activation: Format | null,
-    blocks: (signal?: AbortSignal) => Promise<BlockCodes>,
+    blocks: Blocks,
   ): StoredMatrix {
     const qdata = this.part("qdata");
     if (qdata.shape[0] !== shape[0])
@@ -99,8 +94,8 @@ class Stored {
       cut: "rows",
       step: 1,
       bytesPerLine: qdata.shape[1] ?? 1,
-      read: async (begin, end, signal) => {
-        const bytes = await qdata.read([begin, end], signal);
+      read: async (begin, end, signal, memory) => {
+        const bytes = await qdata.read([begin, end], signal, memory);
         return how === "packed" ? { packed: bytes } : { elements: codesOf(qdata.dtype, bytes) };
       },
       blocks,
@@ -108,11 +103,22 @@ class Stored {
   }
 
   /** Scales and zero points that lie in row-major order of blocks. */
-  plainBlocks(asymmetric = false): (signal?: AbortSignal) => Promise<BlockCodes> {
-    return async (signal) => ({
-      scales: [await this.codes("scale", signal)],
-      ...(asymmetric ? { zero: await this.codes("zero_point", signal) } : {}),
+  plainBlocks(asymmetric = false): Blocks {
+    return async (signal, memory) => ({
+      scales: [await this.codes("scale", signal, memory)],
+      ...(asymmetric ? { zero: await this.codes("zero_point", signal, memory) } : {}),
     });
+  }
+
+  /** Scales and zero points that lie as [groups, n]. */
+  transposedBlocks(groups: number, n: number): Blocks {
+    return async (signal, memory = new Staging()) => {
+      const plane = async (part: string) => {
+        const codes = (await this.codes(part, signal, memory)) as Uint8Array;
+        return transpose(codes, groups, n, memory.like(codes));
+      };
+      return { scales: [await plane("scale")], zero: await plane("zero_point") };
+    };
   }
 
   /** Whether any zero point differs from zero: symmetric weights are stored with zeros. */
@@ -180,13 +186,9 @@ const READERS: Readonly<Record<string, Reader>> = {
     const format = withScale(FORMATS.int4_plain, { block: stored.block([n, k]), codec, zero: codec });
     if (stored.matrix("qdata")[1] * 2 !== k) throw stored.malformed(`its qdata does not hold ${k} columns`);
     const [groups] = stored.matrix("scale");
-    const plane = async (part: string, signal?: AbortSignal) =>
-      transpose((await stored.codes(part, signal)) as Uint8Array, groups, n);
     const float8 = String(stored.attribute("activation_dtype")).startsWith("float8");
-    return stored.rows(format, [n, k], "packed", float8 ? VARIANTS.float8_mslk : null, async (signal) => ({
-      scales: [await plane("scale", signal)],
-      zero: await plane("zero_point", signal),
-    }));
+    const activation = float8 ? VARIANTS.float8_mslk : null;
+    return stored.rows(format, [n, k], "packed", activation, stored.transposedBlocks(groups, n));
   },
   Int4TilePackedTo4dTensor: (stored) => {
     const [n, k] = stored.sizes("shape", 2) as [number, number];
@@ -207,16 +209,19 @@ const READERS: Readonly<Record<string, Reader>> = {
       cut: "rows",
       step: 8,
       bytesPerLine: paddedK / 2,
-      read: async (begin, end, signal) => {
-        const bytes = await qdata.read([begin / 8, Math.ceil(end / 8)], signal);
-        const codes = unpackTiles4d(codesOf("I32", bytes), roundUp(end - begin, 8), paddedK);
+      read: async (begin, end, signal, memory = new Staging()) => {
+        const bytes = await qdata.read([begin / 8, Math.ceil(end / 8)], signal, memory);
+        const rows = roundUp(end - begin, 8);
+        const codes = unpackTiles4d(codesOf("I32", bytes), rows, paddedK, memory.take(rows * paddedK));
         return { elements: cropMatrix(codes, [end - begin, k], paddedK) };
       },
-      blocks: async (signal) => {
-        const pairs = await stored.codes("scale_and_zero", signal);
+      blocks: async (signal, memory = new Staging()) => {
+        const pairs = (await stored.codes("scale_and_zero", signal, memory)) as Uint16Array;
         const plane = (offset: number) => {
-          const values = Uint16Array.from({ length: pairs.length / 2 }, (_, i) => pairs[2 * i + offset] as number);
-          return cropMatrix(transpose(values, groups, paddedN), [n, Math.ceil(k / groupSize)], groups);
+          const values = memory.like(pairs, pairs.length / 2);
+          for (let i = 0; i < values.length; i++) values[i] = pairs[2 * i + offset] as number;
+          const flipped = transpose(values, groups, paddedN, memory.like(values));
+          return cropMatrix(flipped, [n, Math.ceil(k / groupSize)], groups);
         };
         return { scales: [plane(0)], zero: plane(1) };
       },
@@ -236,12 +241,7 @@ const READERS: Readonly<Record<string, Reader>> = {
     if (stored.matrix("qdata")[1] * 8 !== k) throw stored.malformed(`its qdata does not hold ${k} columns`);
     const block = stored.block([n, k]);
     const format = withScale(FORMATS.int4_int_zero, { block, codec: stored.codec("scale"), zero: CODECS.int8 });
-    const plane = async (part: string, signal?: AbortSignal) =>
-      transpose((await stored.codes(part, signal)) as Uint8Array, groups, n);
-    return stored.rows(format, [n, k], "packed", null, async (signal) => ({
-      scales: [await plane("scale", signal)],
-      zero: await plane("zero_point", signal),
-    }));
+    return stored.rows(format, [n, k], "packed", null, stored.transposedBlocks(groups, n));
   },
   MXTensor: (stored) => {
     const type = String(stored.attribute("elem_dtype"));
@@ -265,15 +265,15 @@ const READERS: Readonly<Record<string, Reader>> = {
 };
 
 /** Block scales in row-major order, whatever way they are stored (14), and the scale of the tensor where there is one. */
-function microBlocks(stored: Stored, format: Format, shape: Shape): (signal?: AbortSignal) => Promise<BlockCodes> {
+function microBlocks(stored: Stored, format: Format, shape: Shape): Blocks {
   const [rows, columns] = blockGrid((format.scales[0] as Format["scales"][number]).block, shape);
   const swizzled = stored.attribute("is_swizzled_scales") === true;
   const expected = swizzled ? roundUp(rows, 128) * roundUp(columns, 4) : rows * columns;
   const count = stored.part("scale").shape.reduce((a, b) => a * b, 1);
   if (count !== expected) throw stored.malformed(`it has ${count} scales, its shape needs ${expected}`);
-  return async (signal) => {
-    const codes = await stored.codes("scale", signal);
-    const blocks = swizzled ? fromBlocked(codes, rows, columns) : codes;
+  return async (signal, memory) => {
+    const codes = await stored.codes("scale", signal, memory);
+    const blocks = swizzled ? fromBlocked(codes, rows, columns, memory?.take(rows * columns)) : codes;
     return { scales: format.scales.length > 1 ? [blocks, await stored.codes("per_tensor_scale", signal)] : [blocks] };
   };
 }

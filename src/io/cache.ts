@@ -1,4 +1,5 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import { Staging } from "../core/staging.js";
 import { browserStore } from "./cache-browser.js";
 import { displayName, openUrl, type UrlOptions } from "./http.js";
 import { sha256 } from "./sha256.js";
@@ -6,8 +7,8 @@ import { type ByteSource, createSource, isNode, nodeModule } from "./source.js";
 
 /** Where pieces of downloads are kept: a folder (Node), the Cache API or private files (browsers), or anything else. */
 export interface ChunkStore {
-  /** The bytes under a key (of letters, digits and `/`), or null. */
-  get(key: string): Promise<Uint8Array | null>;
+  /** The bytes under a key (of letters, digits and `/`), or null. They may be put into `into`, where they fit. */
+  get(key: string, into?: Uint8Array): Promise<Uint8Array | null>;
   /** Appears whole or not at all. Rejects when there is no room. */
   put(key: string, bytes: Uint8Array): Promise<void>;
   remove(key: string): Promise<void>;
@@ -55,7 +56,9 @@ export async function openCached(url: URL, options: DownloadOptions): Promise<By
   const begun = performance.now();
   let received = 0;
   let full = false;
-  let last: { index: number; bytes: Promise<Uint8Array> } | undefined;
+  let last: { index: number; bytes: Uint8Array } | undefined;
+  const memory = new Staging();
+  let turn: Promise<unknown> = Promise.resolve();
 
   const report = () => {
     const rate = received / Math.max(1e-3, (performance.now() - begun) / 1000);
@@ -63,10 +66,10 @@ export async function openCached(url: URL, options: DownloadOptions): Promise<By
   };
 
   async function cached(index: number): Promise<Uint8Array | null> {
-    const record = await store.get(`${key}/${index}`).catch(() => null);
+    const length = Math.min(chunkBytes, size - index * chunkBytes);
+    const record = await store.get(`${key}/${index}`, memory.take(DIGEST + length)).catch(() => null);
     if (record === null) return null;
     const bytes = record.subarray(DIGEST);
-    const length = Math.min(chunkBytes, size - index * chunkBytes);
     const sound = bytes.byteLength === length && sameBytes(await digest(bytes), record.subarray(0, DIGEST));
     if (sound) return bytes;
     options.onNotice?.(`piece ${index} of ${name} was damaged in the cache and is fetched again`);
@@ -87,7 +90,7 @@ export async function openCached(url: URL, options: DownloadOptions): Promise<By
 
   async function fetchPiece(index: number, stop: AbortSignal | undefined): Promise<Uint8Array> {
     const offset = index * chunkBytes;
-    const bytes = await remote.read(offset, Math.min(chunkBytes, size - offset), stop);
+    const bytes = await remote.read(offset, Math.min(chunkBytes, size - offset), stop, memory);
     received += bytes.byteLength;
     const record = new Uint8Array(DIGEST + bytes.byteLength);
     record.set(await digest(bytes));
@@ -96,22 +99,23 @@ export async function openCached(url: URL, options: DownloadOptions): Promise<By
     return bytes;
   }
 
-  /** One piece; the last one stays in memory, because headers are read a few bytes at a time. */
-  function piece(index: number, stop: AbortSignal | undefined): Promise<Uint8Array> {
+  /** One piece, good until the next; it stays in memory, because headers are read a few bytes at a time. */
+  async function piece(index: number, stop: AbortSignal | undefined): Promise<Uint8Array> {
     if (last?.index === index) return last.bytes;
-    const bytes = (async () => (await cached(index)) ?? fetchPiece(index, stop))();
-    const mine = { index, bytes };
-    last = mine;
-    bytes.then(
-      () => {
-        here.add(index);
-        report();
-      },
-      () => {
-        if (last === mine) last = undefined;
-      },
-    );
+    last = undefined;
+    memory.release();
+    const bytes = (await cached(index)) ?? (await fetchPiece(index, stop));
+    last = { index, bytes };
+    here.add(index);
+    report();
     return bytes;
+  }
+
+  /** One read after another: all pieces are in the same memory. */
+  function inTurn<T>(body: () => Promise<T>): Promise<T> {
+    const mine = turn.then(body);
+    turn = mine.catch(() => {});
+    return mine;
   }
 
   async function verify(expected: string): Promise<void> {
@@ -148,19 +152,17 @@ export async function openCached(url: URL, options: DownloadOptions): Promise<By
     name,
     size,
     close: () => remote.close(),
-    async read(offset, length, stop) {
-      const first = Math.floor(offset / chunkBytes);
-      const end = offset + length;
-      const begin = await piece(first, stop);
-      if (end <= (first + 1) * chunkBytes) return begin.slice(offset - first * chunkBytes, end - first * chunkBytes);
-      const out = new Uint8Array(length);
-      for (let index = first; index * chunkBytes < end; index++) {
-        const from = Math.max(offset, index * chunkBytes);
-        const bytes = index === first ? begin : await piece(index, stop);
-        out.set(bytes.subarray(from - index * chunkBytes, end - index * chunkBytes), from - offset);
-      }
-      return out;
-    },
+    read: (offset, length, stop, into) =>
+      inTurn(async () => {
+        const end = offset + length;
+        const out = into?.take(length) ?? new Uint8Array(length);
+        for (let index = Math.floor(offset / chunkBytes); index * chunkBytes < end; index++) {
+          const from = Math.max(offset, index * chunkBytes);
+          const bytes = await piece(index, stop);
+          out.set(bytes.subarray(from - index * chunkBytes, end - index * chunkBytes), from - offset);
+        }
+        return out;
+      }),
   });
 }
 
@@ -170,6 +172,12 @@ export async function defaultStore(): Promise<ChunkStore | null> {
 }
 
 async function digest(bytes: Uint8Array): Promise<Uint8Array> {
+  // WebCrypto copies what it hashes.
+  if (isNode()) {
+    const hash = (await nodeModule("the cache")).nativeSha256();
+    hash.update(bytes);
+    return Uint8Array.from(hash.hex().match(/../g) ?? [], (pair) => Number.parseInt(pair, 16));
+  }
   return new Uint8Array(await globalThis.crypto.subtle.digest("SHA-256", bytes as Uint8Array<ArrayBuffer>));
 }
 

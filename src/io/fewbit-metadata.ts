@@ -1,9 +1,10 @@
 import type { FloatType } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
+import type { Staging } from "../core/staging.js";
 import { blockGrid, codecBits, codecVector, type Format } from "../formats/format.js";
+import { flatBytes, type PartShape, packedRows, partDtype, type StoredClass } from "../formats/stored-class.js";
 import { codesOf, type StoredMatrix, type StoredPart } from "../formats/stored-matrix.js";
 import type { QuantizedTensor } from "../formats/tensor.js";
-import { flatBytes, type PartShape, packedRows, partDtype, type StoredClass } from "../formats/torchao-write.js";
 import { parseQuantizeName } from "../quantize/names.js";
 import type { Json } from "./scheme.js";
 
@@ -95,8 +96,8 @@ export function describeFewbit(
       );
   }
   const part = (name: string) => parts.get(name) as StoredPart;
-  const codes = async (name: string, signal?: AbortSignal) =>
-    codesOf(part(name).dtype, await part(name).read(undefined, signal));
+  const codes = async (name: string, signal?: AbortSignal, memory?: Staging) =>
+    codesOf(part(name).dtype, await part(name).read(undefined, signal, memory));
   const [patchRows] = codecVector(format.element);
   return {
     format,
@@ -106,12 +107,12 @@ export function describeFewbit(
     cut: "rows",
     step: patchRows,
     bytesPerLine: (part("qdata").shape[1] ?? 1) / patchRows,
-    read: async (begin, end, signal) => ({
-      packed: await part("qdata").read([begin / patchRows, end / patchRows], signal),
+    read: async (begin, end, signal, memory) => ({
+      packed: await part("qdata").read([begin / patchRows, end / patchRows], signal, memory),
     }),
-    blocks: async (signal) => ({
-      scales: await Promise.all(format.scales.map((_, i) => codes(`scale_${i}`, signal))),
-      ...(parts.has("zero_point") ? { zero: await codes("zero_point", signal) } : {}),
+    blocks: async (signal, memory) => ({
+      scales: await Promise.all(format.scales.map((_, i) => codes(`scale_${i}`, signal, memory))),
+      ...(parts.has("zero_point") ? { zero: await codes("zero_point", signal, memory) } : {}),
       ...(parts.has("table")
         ? { table: new Float32Array((await part("table").read(undefined, signal)).slice().buffer) }
         : {}),

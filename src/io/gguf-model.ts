@@ -1,8 +1,10 @@
 import { viewAs } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
-import { type Block, blockGrid, codecBits, type Format } from "../formats/format.js";
+import { Staging } from "../core/staging.js";
+import { codecBits, type Format } from "../formats/format.js";
 import { type BlockOutput, type GgmlType, ggmlType } from "../formats/ggml.js";
 import type { Slab, StoredMatrix } from "../formats/stored-matrix.js";
+import { blockCount } from "../formats/window.js";
 import { type GgufHeader, type GgufTensor, ggufTypeName } from "./gguf.js";
 import { ggufArchitecture, type NameRule } from "./gguf-architectures.js";
 import { ggufConfig } from "./gguf-config.js";
@@ -128,7 +130,7 @@ function ggufStore(
     stored,
     close,
     [Symbol.asyncDispose]: close,
-    async read(name: string, { signal, rows, into }: ReadOptions = {}) {
+    async read(name: string, { signal, rows, memory }: ReadOptions = {}) {
       const info = tensors.get(name);
       if (info === undefined) throw new FewbitError("model/missing-tensor", { name, path: source.name });
       const count = info.shape[0] ?? 1;
@@ -136,12 +138,13 @@ function ggufStore(
       const [begin, end] = rows ?? [0, count];
       const size = perHead(name, named.get(name) as GgufTensor);
       if (size === null) {
-        const bytes = await source.read(info.byteOffset + begin * rowBytes, (end - begin) * rowBytes, signal, into);
+        const bytes = await source.read(info.byteOffset + begin * rowBytes, (end - begin) * rowBytes, signal, memory);
         return normOffset !== 0 && NORM.test(name) ? without(bytes, info, normOffset, source.name) : bytes;
       }
       const [from, to] = [Math.floor(begin / size) * size, Math.min(Math.ceil(end / size) * size, count)];
-      const bytes = await source.read(info.byteOffset + from * rowBytes, (to - from) * rowBytes, signal);
-      const out = new Uint8Array((end - begin) * rowBytes);
+      const [all, wanted] = [(to - from) * rowBytes, (end - begin) * rowBytes];
+      const bytes = await source.read(info.byteOffset + from * rowBytes, all, signal, memory);
+      const out = memory?.take(wanted) ?? new Uint8Array(wanted);
       for (let row = begin; row < end; row++) {
         const at = (unpairedRow(row, size) - from) * rowBytes;
         out.set(bytes.subarray(at, at + rowBytes), (row - begin) * rowBytes);
@@ -194,40 +197,36 @@ export function ggmlMatrix(
     cut: "rows",
     step: perHead ?? 1,
     bytesPerLine: rowBytes,
-    read: async (begin, end, signal) => {
-      const bytes = await source.read(byteOffset + begin * rowBytes, (end - begin) * rowBytes, signal);
+    read: async (begin, end, signal, memory = new Staging()) => {
+      const bytes = await source.read(byteOffset + begin * rowBytes, (end - begin) * rowBytes, signal, memory);
       const order = perHead === null ? null : (row: number) => unpairedRow(begin + row, perHead) - begin;
-      return unpackBlocks(bytes, type, end - begin, k, order);
+      return unpackBlocks(bytes, type, [end - begin, k], order, memory);
     },
   };
 }
 
-/** The codes of whole rows of blocks; `order` says where in `bytes` each row lies. */
-export function unpackBlocks(
+/** The codes of whole rows of blocks, in `memory`; `order` says where in `bytes` each row lies. */
+function unpackBlocks(
   bytes: Uint8Array,
   type: GgmlType,
-  rows: number,
-  k: number,
-  order: ((row: number) => number) | null = null,
+  [rows, k]: readonly [number, number],
+  order: ((row: number) => number) | null,
+  memory: Staging,
 ): Slab {
   const { format } = type;
   const [first, second] = format.scales as [Format["scales"][number], Format["scales"][number] | undefined];
-  const count = (block: Block) => {
-    const grid = blockGrid(block, [rows, k]);
-    return grid[0] * grid[1];
-  };
-  const groups = count(first.block);
+  const groups = blockCount(format, 0, [rows, k], rows);
   const blocks = (rows * k) / type.elements;
-  const narrow = codecBits(first.codec) === 8;
+  const halves = (count: number) => new Uint16Array(memory.take(count * 2).buffer, 0, count);
   const zeroBits = format.zero.domain === "none" ? 0 : codecBits(format.zero.codec);
-  const zeros = zeroBits === 0 ? null : zeroBits === 16 ? new Uint16Array(groups) : new Uint32Array(groups);
+  const zeros = zeroBits === 0 ? null : zeroBits === 16 ? halves(groups) : memory.words(groups);
   const out: BlockOutput = {
-    elements: new Uint8Array(rows * k),
+    elements: memory.take(rows * k),
     element: 0,
-    scales: narrow ? new Uint8Array(groups) : new Uint16Array(groups),
+    scales: codecBits(first.codec) === 8 ? memory.take(groups) : halves(groups),
     zeros,
     group: 0,
-    supers: second === undefined ? null : new Uint16Array(blocks),
+    supers: second === undefined ? null : halves(blocks),
     block: 0,
   };
   const perRow = k / type.elements;

@@ -63,10 +63,10 @@ async function joined(files: readonly string[], open: OpenFile, signal: AbortSig
     name: (sources[0] as ByteSource).name,
     size,
     close,
-    async read(offset, length, stop, into) {
+    async read(offset, length, stop, memory) {
       let at = offset;
       for (const source of sources) {
-        if (at < source.size) return source.read(at, length, stop, into);
+        if (at < source.size) return source.read(at, length, stop, memory);
         at -= source.size;
       }
       throw new Error("createSource checks ranges");

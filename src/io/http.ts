@@ -116,8 +116,8 @@ export async function openUrl(url: URL, options: UrlOptions = {}): Promise<UrlSo
   const source = createSource({
     name,
     size: opened.size,
-    async read(offset, length, signal) {
-      const bytes = new Uint8Array(length);
+    async read(offset, length, signal, memory) {
+      const bytes = memory?.take(length) ?? new Uint8Array(length);
       const progress = { done: 0 };
       await persist(signal, () => fill(bytes, offset, progress, signal));
       return bytes;

@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import type { FileHandle } from "node:fs/promises";
-import { mkdir, open, readFile, rename, rm, stat, unlink } from "node:fs/promises";
+import { mkdir, open, rename, rm, stat, unlink } from "node:fs/promises";
 import { homedir } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -34,14 +34,8 @@ export async function openFile(location: string | URL): Promise<ByteSource> {
   return createSource({
     name: path,
     size,
-    read: (offset, length, signal, into) =>
-      readRange(
-        handle,
-        path,
-        offset,
-        into !== undefined && into.byteLength >= length ? into.subarray(0, length) : new Uint8Array(length),
-        signal,
-      ),
+    read: (offset, length, signal, memory) =>
+      readRange(handle, path, offset, memory?.take(length) ?? new Uint8Array(length), signal),
     close: () => handle.close(),
   });
 }
@@ -128,9 +122,17 @@ export function cacheFolder(): string {
 /** Pieces of downloads as files of a folder. */
 export function folderStore(folder = cacheFolder()): ChunkStore {
   return {
-    async get(key) {
+    async get(key, into) {
       try {
-        return new Uint8Array(await found(readFile(join(folder, key)), key));
+        const path = join(folder, key);
+        const handle = await found(open(path, "r"), path);
+        try {
+          const { size } = await found(handle.stat(), path);
+          const fits = into !== undefined && into.length >= size;
+          return await readRange(handle, path, 0, fits ? into.subarray(0, size) : new Uint8Array(size), undefined);
+        } finally {
+          await handle.close();
+        }
       } catch (error) {
         if (error instanceof FewbitError && error.code === "io/not-found") return null;
         throw error;

@@ -1,5 +1,6 @@
 import { fromFloat32, viewAs } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
+import { Staging } from "../core/staging.js";
 import { decodeTable } from "../formats/codec.js";
 import type { StoredMatrix, StoredPart } from "../formats/stored-matrix.js";
 import { describeTorchao, torchaoPartName } from "../formats/torchao.js";
@@ -138,16 +139,16 @@ function presented(checkpoint: Checkpoint, stored: ReadonlyMap<string, StoredMat
     stored,
     close: () => checkpoint.close(),
     [Symbol.asyncDispose]: () => checkpoint.close(),
-    async read(name, options) {
+    async read(name, options = {}) {
       const bytes = await checkpoint.read(name, options);
       const dtype = checkpoint.tensors.get(name)?.dtype ?? "";
       if (!Object.hasOwn(PLAIN_FLOAT8, dtype)) return bytes;
-      const table = decodeTable(PLAIN_FLOAT8[dtype as keyof typeof PLAIN_FLOAT8]);
-      const widened = fromFloat32(
-        "bf16",
-        Float32Array.from(viewAs("u8", bytes), (code) => table[code] as number),
-      );
-      return new Uint8Array(widened.buffer, widened.byteOffset, widened.byteLength);
+      const codec = PLAIN_FLOAT8[dtype as keyof typeof PLAIN_FLOAT8];
+      const table = fromFloat32("bf16", Float32Array.from(decodeTable(codec)));
+      const widened = (options.memory ?? new Staging()).take(bytes.length * 2);
+      const values = viewAs("bf16", widened);
+      for (let i = 0; i < bytes.length; i++) values[i] = table[bytes[i] as number] as number;
+      return widened;
     },
   };
 }

@@ -1,4 +1,5 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import type { Staging } from "../core/staging.js";
 import type { StoredMatrix } from "../formats/stored-matrix.js";
 import { JsonCursor, label } from "./json.js";
 import { type ByteSink, type ByteSource, decodeUtf8, nodeModule } from "./source.js";
@@ -54,8 +55,8 @@ export interface ReadOptions {
   signal?: AbortSignal;
   /** Only these rows, `[begin, end)` of the first dimension; no other byte is read. */
   rows?: readonly [begin: number, end: number];
-  /** Memory that the bytes may be put into, where they fit. */
-  into?: Uint8Array;
+  /** Memory that the bytes may be put into: they are good until it is released. */
+  memory?: Staging;
 }
 
 /** Named tensors that are read one at a time: one file or a sharded checkpoint. */
@@ -102,11 +103,11 @@ export async function openSafetensors(
       ...header,
       close,
       [Symbol.asyncDispose]: close,
-      async read(name, { signal, rows, into } = {}) {
+      async read(name, { signal, rows, memory } = {}) {
         const info = header.tensors.get(name);
         if (!info) throw new FewbitError("model/missing-tensor", { name, path: source.name });
         const [offset, length] = rows ? rowRange(info, rows) : [0, info.byteLength];
-        return source.read(info.byteOffset + offset, length, signal, into);
+        return source.read(info.byteOffset + offset, length, signal, memory);
       },
     };
   } catch (error) {

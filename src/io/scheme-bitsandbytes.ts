@@ -1,5 +1,6 @@
 import { viewAs } from "../core/dtype.js";
 import { FewbitError } from "../core/errors.js";
+import { Staging } from "../core/staging.js";
 import { defineFormat, type Format, withScale } from "../formats/format.js";
 import { unpackNibbles } from "../formats/layouts.js";
 import type { StoredMatrix } from "../formats/stored-matrix.js";
@@ -71,8 +72,8 @@ async function describe(
   const absmax = bytesOf("absmax", nested === null ? "F32" : "U8", blocks);
   const outer = nested === null ? null : bytesOf("nested_absmax", "F32", Math.ceil(blocks / nested.blocksize));
   const outerMap = nested === null ? null : bytesOf("nested_quant_map", "F32", 256);
-  const floats = async (part: typeof absmax, stop?: AbortSignal) =>
-    viewAs("f32", (await part.read(undefined, stop)).slice());
+  const floats = async (part: typeof absmax, stop?: AbortSignal, memory?: Staging) =>
+    viewAs("f32", await part.read(undefined, stop, memory));
   return {
     format: withScale(FORMATS[table], { block: [1, state.blocksize] }),
     shape: [n, k],
@@ -81,23 +82,26 @@ async function describe(
     cut: "rows",
     step: 1,
     bytesPerLine: k / 2,
-    read: async (begin, end, stop) => ({
-      elements: unpackNibbles(await packed.read([(begin * k) / 2, (end * k) / 2], stop), "second"),
-    }),
-    blocks: async (stop) => {
+    read: async (begin, end, stop, memory = new Staging()) => {
+      const bytes = await packed.read([(begin * k) / 2, (end * k) / 2], stop, memory);
+      return { elements: unpackNibbles(bytes, "second", memory.take((end - begin) * k)) };
+    },
+    blocks: async (stop, memory = new Staging()) => {
       if (nested === null || outer === null || outerMap === null)
-        return { scales: [viewAs("u32", (await absmax.read(undefined, stop)).slice())] };
+        return { scales: [viewAs("u32", await absmax.read(undefined, stop, memory))] };
       const [codes, scales, values] = [
-        await absmax.read(undefined, stop),
-        await floats(outer, stop),
-        await floats(outerMap, stop),
+        await absmax.read(undefined, stop, memory),
+        await floats(outer, stop, memory),
+        await floats(outerMap, stop, memory),
       ];
+      const words = memory.words(codes.length);
+      const made = new Float32Array(words.buffer, 0, words.length);
       // float32 arithmetic, an operation at a time, as bitsandbytes does it.
-      const made = Float32Array.from(codes, (code, i) => {
-        const scaled = Math.fround((values[code] as number) * (scales[Math.floor(i / nested.blocksize)] as number));
-        return scaled + nested.offset;
-      });
-      return { scales: [new Uint32Array(made.buffer)] };
+      for (let i = 0; i < codes.length; i++) {
+        const outerScale = scales[Math.floor(i / nested.blocksize)] as number;
+        made[i] = Math.fround((values[codes[i] as number] as number) * outerScale) + nested.offset;
+      }
+      return { scales: [words] };
     },
   };
 }

@@ -1,4 +1,5 @@
 import { f32Bits, f32FromBits } from "../core/dtype.js";
+import { Staging } from "../core/staging.js";
 import { type Format, withScale } from "../formats/format.js";
 import { transpose } from "../formats/layouts.js";
 import { codesOf, type StoredMatrix, scaleCodec } from "../formats/stored-matrix.js";
@@ -200,24 +201,24 @@ async function packedIntegers(
     // Reordered codes are unpacked, into 32 bits each.
     bytesPerLine: columns === undefined ? words * 4 : k * 4,
     ...(columns === undefined ? {} : { columns }),
-    read: async (begin, end, part) => {
-      const codes = (codesOf("I32", await packed.read([begin, end], part)) as Uint32Array).slice();
+    read: async (begin, end, part, memory = new Staging()) => {
+      const codes = memory.words((end - begin) * words);
+      codes.set(codesOf("I32", await packed.read([begin, end], part, memory)));
       // Rows are whole words; a pattern of b words would drift where they are not a multiple of b.
       if (symmetric)
         for (let row = 0; row < end - begin; row++) flipSigns(codes.subarray(row * words, (row + 1) * words), bits);
-      if (columns !== undefined) return { elements: unpackAlongN(codes, end - begin, k, bits) };
+      if (columns !== undefined)
+        return { elements: unpackAlongN(codes, end - begin, k, bits, memory.words((end - begin) * k)) };
       return { packed: new Uint8Array(codes.buffer, codes.byteOffset, codes.byteLength) };
     },
-    blocks: async (part) => {
-      const scales = [codesOf(scale.dtype, await scale.read(undefined, part))];
+    blocks: async (part, memory = new Staging()) => {
+      const scales = [codesOf(scale.dtype, await scale.read(undefined, part, memory))];
       if (zeros === undefined) return { scales };
       // Zero points are packed along N: their transpose [groups, N] has whole words.
-      const flipped = transpose(
-        codesOf("I32", await zeros.read(undefined, part)) as Uint32Array,
-        zeros.shape[0] as number,
-        groups,
-      );
-      return { scales, zero: transpose(unpackAlongN(flipped, groups, n, bits), groups, n) };
+      const words = codesOf("I32", await zeros.read(undefined, part, memory)) as Uint32Array;
+      const flipped = transpose(words, zeros.shape[0] as number, groups, memory.like(words));
+      const codes = unpackAlongN(flipped, groups, n, bits, memory.words(groups * n));
+      return { scales, zero: transpose(codes, groups, n, memory.like(codes)) };
     },
   };
 }
@@ -239,11 +240,11 @@ function packedNvfp4(store: TensorStore, layer: string, { activation, kind }: Gr
     cut: "rows",
     step: 1,
     bytesPerLine: half,
-    read: async (begin, end, signal) => ({ packed: await packed.read([begin, end], signal) }),
-    blocks: async (signal) => {
+    read: async (begin, end, signal, memory) => ({ packed: await packed.read([begin, end], signal, memory) }),
+    blocks: async (signal, memory) => {
       const [bits] = codesOf("F32", await global.read(undefined, signal));
       const reciprocal = f32Bits(1 / f32FromBits(bits as number));
-      return { scales: [await scale.read(undefined, signal), Uint32Array.of(reciprocal)] };
+      return { scales: [await scale.read(undefined, signal, memory), Uint32Array.of(reciprocal)] };
     },
   };
 }
@@ -261,7 +262,7 @@ function packedMxfp4(store: TensorStore, layer: string, { activation, kind }: Gr
     cut: "rows",
     step: 1,
     bytesPerLine: half,
-    read: async (begin, end, signal) => ({ packed: await packed.read([begin, end], signal) }),
-    blocks: async (signal) => ({ scales: [await scale.read(undefined, signal)] }),
+    read: async (begin, end, signal, memory) => ({ packed: await packed.read([begin, end], signal, memory) }),
+    blocks: async (signal, memory) => ({ scales: [await scale.read(undefined, signal, memory)] }),
   };
 }

@@ -78,9 +78,9 @@ export function byteMatrix(
     cut: "rows",
     step: 1,
     bytesPerLine: k,
-    read: async (begin, end, signal) => ({ packed: await weight.read([begin, end], signal) }),
-    blocks: async (signal) => {
-      const codes = codesOf(scale.dtype, await scale.read(undefined, signal));
+    read: async (begin, end, signal, memory) => ({ packed: await weight.read([begin, end], signal, memory) }),
+    blocks: async (signal, memory) => {
+      const codes = codesOf(scale.dtype, await scale.read(undefined, signal, memory));
       return { scales: [repeat === null ? codes : repeatRows(codes, repeat.columns, n, repeat.rows)] };
     },
   };

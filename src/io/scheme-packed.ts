@@ -1,4 +1,5 @@
 import { FewbitError } from "../core/errors.js";
+import { Staging } from "../core/staging.js";
 import { type Format, withScale } from "../formats/format.js";
 import { transpose } from "../formats/layouts.js";
 import { unpackRow } from "../formats/pack.js";
@@ -73,21 +74,25 @@ export function gptqScheme(config: Json): Scheme {
       // Reordered codes are unpacked, into 32 bits each.
       bytesPerLine: columns === undefined ? (n * bits) / 8 : n * 4,
       ...(columns === undefined ? {} : { columns }),
-      read: async (begin, end, part) => {
-        const bytes = await qweight.read([(begin * bits) / 32, (end * bits) / 32], part);
-        const words = transpose(codesOf("I32", bytes) as Uint32Array, ((end - begin) * bits) / 32, n);
+      read: async (begin, end, part, memory = new Staging()) => {
+        const [first, last] = [(begin * bits) / 32, (end * bits) / 32];
+        const rows = codesOf("I32", await qweight.read([first, last], part, memory)) as Uint32Array;
+        const words = transpose(rows, last - first, n, memory.words((last - first) * n));
         if (symmetric) flipSigns(words, bits);
-        if (columns !== undefined) return { elements: unpackAlongN(words, n, end - begin, bits) };
+        if (columns !== undefined)
+          return { elements: unpackAlongN(words, n, end - begin, bits, memory.words(n * (end - begin))) };
         return { packed: new Uint8Array(words.buffer, words.byteOffset, words.byteLength) };
       },
-      blocks: async (part) => {
-        const zero = unpackAlongN(codesOf("I32", await qzeros.read(undefined, part)) as Uint32Array, groups, n, bits);
+      blocks: async (part, memory = new Staging()) => {
+        const packed = codesOf("I32", await qzeros.read(undefined, part, memory)) as Uint32Array;
+        const zero = unpackAlongN(packed, groups, n, bits, memory.words(groups * n));
         for (let i = 0; i < zero.length; i++) zero[i] = (zero[i] as number) + offset;
         if (symmetric && zero.some((value) => value !== middle))
           throw malformed(`it is declared symmetric and has zero points other than ${middle}`);
         if (zero.some((value) => value > 255)) throw malformed("it has a zero point above 255");
-        const flipped = transpose(codesOf(scales.dtype, await scales.read(undefined, part)) as Uint16Array, groups, n);
-        return { scales: [flipped], ...(symmetric ? {} : { zero: transpose(zero, groups, n) }) };
+        const codes = codesOf(scales.dtype, await scales.read(undefined, part, memory)) as Uint16Array;
+        const flipped = transpose(codes, groups, n, memory.like(codes));
+        return { scales: [flipped], ...(symmetric ? {} : { zero: transpose(zero, groups, n, memory.like(zero)) }) };
       },
     };
   }
@@ -119,14 +124,17 @@ export function awqScheme(config: Json): Scheme {
       cut: "columns",
       step: STEP,
       bytesPerLine: n / 2,
-      read: async (begin, end, part) => {
-        const packed = codesOf("I32", await qweight.read([begin, end], part)) as Uint32Array;
-        return { elements: transpose(awqCodes(packed), end - begin, n) };
+      read: async (begin, end, part, memory = new Staging()) => {
+        const packed = codesOf("I32", await qweight.read([begin, end], part, memory)) as Uint32Array;
+        const count = (end - begin) * n;
+        return { elements: transpose(awqCodes(packed, memory.take(count)), end - begin, n, memory.take(count)) };
       },
-      blocks: async (part) => {
-        const zero = awqCodes(codesOf("I32", await qzeros.read(undefined, part)) as Uint32Array);
-        const flipped = transpose(codesOf(scales.dtype, await scales.read(undefined, part)) as Uint16Array, groups, n);
-        return { scales: [flipped], zero: transpose(zero, groups, n) };
+      blocks: async (part, memory = new Staging()) => {
+        const packed = codesOf("I32", await qzeros.read(undefined, part, memory)) as Uint32Array;
+        const zero = awqCodes(packed, memory.take(groups * n));
+        const codes = codesOf(scales.dtype, await scales.read(undefined, part, memory)) as Uint16Array;
+        const flipped = transpose(codes, groups, n, memory.like(codes));
+        return { scales: [flipped], zero: transpose(zero, groups, n, memory.like(zero)) };
       },
     };
   }
@@ -147,8 +155,7 @@ async function describeAll(
 /** Nibble p of a word of AWQ holds the column ORDER[p] of its eight. */
 const ORDER = [0, 2, 4, 6, 1, 3, 5, 7];
 
-function awqCodes(words: Uint32Array): Uint8Array {
-  const codes = new Uint8Array(words.length * 8);
+function awqCodes(words: Uint32Array, codes = new Uint8Array(words.length * 8)): Uint8Array {
   for (let i = 0; i < words.length; i++) {
     const word = words[i] as number;
     for (let p = 0; p < 8; p++) codes[i * 8 + (ORDER[p] as number)] = (word >>> (4 * p)) & 15;
@@ -156,9 +163,14 @@ function awqCodes(words: Uint32Array): Uint8Array {
   return codes;
 }
 
-/** Codes [rows, n] of `bits` bits that lie side by side along n, each row starting on a word. */
-export function unpackAlongN(words: Uint32Array, rows: number, n: number, bits: number): Uint32Array {
-  const codes = new Uint32Array(rows * n);
+/** Codes [rows, n] of `bits` bits that lie side by side along n, each row starting on a word; in `codes` where that is given. */
+export function unpackAlongN(
+  words: Uint32Array,
+  rows: number,
+  n: number,
+  bits: number,
+  codes = new Uint32Array(rows * n),
+): Uint32Array {
   const stride = words.length / Math.max(1, rows);
   for (let row = 0; row < rows; row++) unpackRow(words, row * stride, codes.subarray(row * n, (row + 1) * n), n, bits);
   return codes;

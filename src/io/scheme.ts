@@ -23,7 +23,8 @@ export function partOf(store: TensorStore, name: string): StoredPart | undefined
   return {
     dtype: info.dtype,
     shape: info.shape,
-    read: (rows, signal) => store.read(name, { ...(rows ? { rows } : {}), ...(signal ? { signal } : {}) }),
+    read: (rows, signal, memory) =>
+      store.read(name, { ...(rows && { rows }), ...(signal && { signal }), ...(memory && { memory }) }),
   };
 }
 

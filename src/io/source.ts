@@ -1,4 +1,5 @@
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import type { Staging } from "../core/staging.js";
 import type { TensorStore } from "./safetensors.js";
 
 /** A file that is read by ranges: a disk file, memory, a browser Blob, or an HTTP(S) URL. */
@@ -8,11 +9,11 @@ export interface ByteSource extends AsyncDisposable {
   /** Bytes in the file. */
   readonly size: number;
   /**
-   * Exactly the `length` bytes from byte `offset`. The array may be a view of the source's own memory: do not write to it. Where
-   * `into` has room for them, they may be put there, and the array be a view of that.
+   * Exactly the `length` bytes from byte `offset`. The array may be a view of the source's own memory: do not write to it. Or it lies
+   * in `memory`, until that is released.
    * @throws FewbitError `argument/invalid` (range outside the file), `io/failed`, `operation/aborted`, `object/disposed`
    */
-  read(offset: number, length: number, signal?: AbortSignal, into?: Uint8Array): Promise<Uint8Array>;
+  read(offset: number, length: number, signal?: AbortSignal, memory?: Staging): Promise<Uint8Array>;
   /** Frees the file; safe to call twice. Later reads throw `object/disposed`. */
   close(): Promise<void>;
 }
@@ -55,7 +56,7 @@ export interface RawSource {
   readonly name: string;
   readonly size: number;
   /** `offset` and `length` lie inside the file and `length` is positive. */
-  read(offset: number, length: number, signal: AbortSignal | undefined, into?: Uint8Array): Promise<Uint8Array>;
+  read(offset: number, length: number, signal: AbortSignal | undefined, memory?: Staging): Promise<Uint8Array>;
   close?(): Promise<void>;
 }
 
@@ -68,7 +69,7 @@ export function createSource(raw: RawSource): ByteSource {
     size: raw.size,
     close,
     [Symbol.asyncDispose]: close,
-    async read(offset, length, signal, into) {
+    async read(offset, length, signal, memory) {
       if (closing) throw new FewbitError("object/disposed", { object: raw.name });
       throwIfAborted(signal, `reading ${raw.name}`);
       const legal = Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
@@ -79,7 +80,7 @@ export function createSource(raw: RawSource): ByteSource {
           expected: `a range inside the ${raw.size} bytes of ${raw.name}`,
         });
       if (length === 0) return new Uint8Array(0);
-      const bytes = await raw.read(offset, length, signal, into);
+      const bytes = await raw.read(offset, length, signal, memory);
       throwIfAborted(signal, `reading ${raw.name}`);
       return bytes;
     },

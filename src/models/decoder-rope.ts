@@ -1,4 +1,4 @@
-import type { DenseTensor } from "../ir/tensor.js";
+import type { TensorRows } from "../ir/tensor.js";
 import type { DecoderConfig } from "./config.js";
 import type { RopeConfig } from "./config-rope.js";
 
@@ -6,13 +6,23 @@ import type { RopeConfig } from "./config-rope.js";
 export const ROPE_TABLE = "rope.table";
 export const ropeTableName = (rope: number): string => (rope === 0 ? ROPE_TABLE : `${ROPE_TABLE}.${rope}`);
 
+/** Positions whose angles are computed at once. */
+const POSITIONS = 4096;
+
 /** The tables of a model by name. */
-export function ropeTables(config: DecoderConfig, capacity: number): Map<string, DenseTensor> {
+export function ropeTables(config: DecoderConfig, capacity: number): Map<string, TensorRows> {
   return new Map(
-    config.ropes.map(({ rotary }, i) => [
-      ropeTableName(i),
-      { dtype: "f32", shape: [capacity, rotary], data: ropeTable(config, capacity, i) },
-    ]),
+    config.ropes.map(({ rotary }, i) => {
+      const tiles = function* () {
+        const memory = new Float32Array(Math.min(POSITIONS, capacity) * rotary);
+        for (let begin = 0; begin < capacity; begin += POSITIONS) {
+          const rows = Math.min(POSITIONS, capacity - begin);
+          const data = fillTable(config, capacity, i, begin, memory.subarray(0, rows * rotary));
+          yield { dtype: "f32", shape: [rows, rotary], data } as const;
+        }
+      };
+      return [ropeTableName(i), { storage: "f32", shape: [capacity, rotary], tiles }];
+    }),
   );
 }
 
@@ -25,18 +35,30 @@ export function ropeTables(config: DecoderConfig, capacity: number): Map<string,
  * is longer than the original context.
  */
 export function ropeTable(config: DecoderConfig, capacity: number, index = 0): Float32Array {
+  const { rotary } = config.ropes[index] as RopeConfig;
+  return fillTable(config, capacity, index, 0, new Float32Array(capacity * rotary));
+}
+
+/** Fills `table` with rows of the table from that of position `first` on. */
+function fillTable(
+  config: DecoderConfig,
+  capacity: number,
+  index: number,
+  first: number,
+  table: Float32Array,
+): Float32Array {
   const rope = config.ropes[index] as RopeConfig;
   const half = rope.rotary / 2;
-  const table = new Float32Array(capacity * rope.rotary);
   const { scaling } = rope;
   const magnitude = scaling?.kind === "yarn" || scaling?.kind === "longrope" ? scaling.magnitude : 1;
   const fixed = scaling?.kind === "dynamic" ? null : frequencies(rope, capacity);
-  for (let position = 0; position < capacity; position++) {
+  for (let row = 0; row * rope.rotary < table.length; row++) {
+    const position = first + row;
     const turns = fixed ?? frequencies(rope, position + 1);
     for (let i = 0; i < half; i++) {
       const angle = position * (turns[i] as number);
-      table[position * rope.rotary + i] = Math.cos(angle) * magnitude;
-      table[position * rope.rotary + half + i] = Math.sin(angle) * magnitude;
+      table[row * rope.rotary + i] = Math.cos(angle) * magnitude;
+      table[row * rope.rotary + half + i] = Math.sin(angle) * magnitude;
     }
   }
   return table;

@@ -1,11 +1,12 @@
 import { FewbitError } from "../core/errors.js";
+import { Staging } from "../core/staging.js";
 import type { Format } from "../formats/format.js";
 import { type ModelFolder, type ModelFolderOptions, openModelFolder } from "../io/model-folder.js";
 import { openWeights } from "../io/quantized.js";
 import type { TensorStore } from "../io/safetensors.js";
 import { readJson } from "../io/source.js";
 import type { Graph } from "../ir/graph.js";
-import type { HostTensor } from "../ir/tensor.js";
+import { asRows, type HostTensor, joinRows, type TensorRows } from "../ir/tensor.js";
 import type { QuantizeConfig } from "../quantize/configs.js";
 import { parseQuantizeName } from "../quantize/names.js";
 import type { Device, Program } from "../runtime/device.js";
@@ -79,9 +80,9 @@ export async function loadDecoder(
   const program = await device.compile(graph, {
     buckets: decoderBuckets(capacity),
     ...(signal && { signal }),
-    weights: async (name) => {
+    weights: (name) => {
       if (names.has(name)) onProgress?.({ stage: "quantize", done: loaded++, total: names.size, what: name });
-      return opened.load(name);
+      return opened.rows(name);
     },
     onProgress: (done, total) => onProgress?.({ stage: "upload", done, total, what: "weights" }),
   });
@@ -93,7 +94,9 @@ export interface OpenedDecoder extends Omit<LoadedDecoder, "program">, AsyncDisp
   readonly graph: Graph;
   readonly specs: readonly TensorSpec[];
   readonly checkpoint: TensorStore;
-  /** A weight of the graph by name, quantized. */
+  /** A weight of the graph by name, quantized a few rows at a time. All are in the same memory: one is read at a time. */
+  rows(name: string): TensorRows;
+  /** The same, whole. */
   load(name: string): Promise<HostTensor>;
 }
 
@@ -138,6 +141,16 @@ export async function openDecoder(
     });
     const byName = new Map(specs.map((spec) => [spec.name, spec]));
     const tables = ropeTables(config, capacity);
+    const memory = new Staging();
+    const rows = (name: string, options: { memory?: Staging } = {}): TensorRows => {
+      const table = tables.get(name);
+      if (table !== undefined) return table;
+      const permuted = permutedWeight(name);
+      const spec = byName.get(permuted ?? name);
+      if (spec === undefined) throw new FewbitError("model/missing-tensor", { name, path: checkpoint.name });
+      if (permuted !== null) return asRows(permutation(weights.inputOrder(spec) as Uint32Array));
+      return weights.rows(spec, { ...open, ...options });
+    };
     return {
       config,
       tokenizer,
@@ -146,15 +159,8 @@ export async function openDecoder(
       graph: withAttention(decoder, attention),
       capacity,
       maxTokens,
-      load: async (name) => {
-        const table = tables.get(name);
-        if (table !== undefined) return table;
-        const permuted = permutedWeight(name);
-        const spec = byName.get(permuted ?? name);
-        if (spec === undefined) throw new FewbitError("model/missing-tensor", { name, path: checkpoint.name });
-        if (permuted !== null) return permutation(weights.inputOrder(spec) as Uint32Array);
-        return weights.load(spec, open);
-      },
+      rows: (name) => rows(name, { memory }),
+      load: async (name) => joinRows(rows(name)),
       [Symbol.asyncDispose]: () => checkpoint[Symbol.asyncDispose](),
     };
   } catch (error) {

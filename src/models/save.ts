@@ -1,9 +1,10 @@
 import { type FloatType, fromFloat32 } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import { formatKey } from "../formats/format.js";
+import type { StoredClass } from "../formats/stored-class.js";
 import type { QuantizedTensor } from "../formats/tensor.js";
 import { torchaoPartName } from "../formats/torchao.js";
-import { type StoredClass, torchaoClass } from "../formats/torchao-write.js";
+import { torchaoClass } from "../formats/torchao-write.js";
 import { fewbitClass } from "../io/fewbit-metadata.js";
 import { type ModelFolder, type ModelFolderOptions, openModelFolder } from "../io/model-folder.js";
 import { openWeights } from "../io/quantized.js";

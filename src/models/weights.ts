@@ -1,11 +1,13 @@
-import { type DType, type FloatType, toFloat32, viewAs } from "../core/dtype.js";
+import { BYTES, type FloatType, toFloat32, viewAs } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
+import { sizeOf } from "../core/shape.js";
+import { Staging } from "../core/staging.js";
 import type { Format } from "../formats/format.js";
-import { loadStored, type StoredMatrix } from "../formats/stored-matrix.js";
+import { type StoredMatrix, storedRows } from "../formats/stored-matrix.js";
 import { FORMATS } from "../formats/table.js";
-import { sliceRows } from "../formats/tensor.js";
 import type { TensorStore } from "../io/safetensors.js";
-import { type HostTensor, isDense } from "../ir/tensor.js";
+import { partOf } from "../io/scheme.js";
+import { asRows, type HostTensor, isDense, joinRows, type TensorRows } from "../ir/tensor.js";
 import { type ConfigSelection, configFor } from "../quantize/configs.js";
 import { quantizeRows } from "../quantize/quantize.js";
 import { foldOrders } from "./column-order.js";
@@ -29,11 +31,13 @@ export interface WeightPlan {
   fastAccum(spec: TensorSpec): boolean;
   /** Element i of a row that the weight takes is element order[i] of its linear's input; null where they are the same. */
   inputOrder(spec: TensorSpec): Uint32Array | null;
-  /** The weight of a spec, read and quantized; `onRows` is called as rows are done. */
-  load(
-    spec: TensorSpec,
-    options: { signal?: AbortSignal; onRows?: (rows: number, total: number) => void },
-  ): Promise<HostTensor>;
+  /**
+   * The weight of a spec, read and quantized a tile at a time. One is read at a time where `memory`, which its tiles lie in, is
+   * given to several.
+   */
+  rows(spec: TensorSpec, options: ReadOptions): TensorRows;
+  /** The weight of a spec, whole. */
+  load(spec: TensorSpec, options: ReadOptions): Promise<HostTensor>;
 }
 
 /** A weight's format, and where its numbers come from. */
@@ -61,12 +65,14 @@ export function planWeights(store: TensorStore, specs: readonly TensorSpec[], se
     const plan = plans.get(name) as Planned;
     plans.set(name, { ...plan, stored: { ...(plan.stored as StoredMatrix), rows } });
   }
+  const rows: WeightPlan["rows"] = (spec, options) => weightRows(store, spec, of(spec), options);
   return {
     weightFormat: (spec) => of(spec).weight,
     activationFormat: (spec) => of(spec).activation,
     fastAccum: (spec) => of(spec).fastAccum === true,
     inputOrder: (spec) => (folded.spared.has(spec.name) ? null : (of(spec).stored?.columns ?? null)),
-    load: (spec, options) => loadWeight(store, spec, of(spec), options),
+    rows,
+    load: async (spec, options) => joinRows(rows(spec, options)),
   };
 }
 
@@ -99,49 +105,123 @@ function planWeight(store: TensorStore, spec: TensorSpec, selection: ConfigSelec
   return { tensor, weight, activation, fastAccum, numerics, dtype };
 }
 
-async function loadWeight(
+/** Bytes of the file (of what is quantized: of its float32 rows) that are in memory at once. */
+const TILE = 4 * 2 ** 20;
+
+function weightRows(
   store: TensorStore,
   { role, shape, source, offset }: TensorSpec,
   { tensor, weight, numerics, dtype, stored }: Planned,
-  { signal, onRows }: Parameters<WeightPlan["load"]>[1],
-): Promise<HostTensor> {
+  { signal, memory = new Staging() }: ReadOptions,
+): TensorRows {
   throwIfAborted(signal, "loading weights");
-  const abort = signal ? { signal } : {};
+  const options = { memory, tileBytes: TILE, ...(signal && { signal }) };
   const { first } = source;
-  const end = first + (shape[0] as number);
-  if (stored !== undefined) {
-    const whole = await loadStored(stored, { ...abort, ...(onRows ? { onRows } : {}) });
-    return end - first === whole.shape[0] ? whole : sliceRows(whole, first, end);
-  }
-  // Every tile is in the same memory: waiting for the garbage collector, they would be many.
-  let tile: Float32Array | undefined;
-  let into: Uint8Array | undefined;
-  const rows = async (range?: readonly [number, number]) => {
-    const bytes = await store.read(tensor, { ...(range ? { rows: range } : {}), ...(into ? { into } : {}), ...abort });
-    if (range !== undefined) into ??= new Uint8Array(bytes.byteLength);
-    const wide = toFloat32(dtype as DType, viewAs(dtype, bytes), tile);
-    if (range !== undefined && dtype !== "f32") tile ??= wide;
-    return wide;
+  const count = shape[0] as number;
+  const range = [first, first + count] as const;
+  if (shape.length === 1 || role === "positions")
+    return { storage: "f32", shape, tiles: () => denseRows(store, tensor, dtype, { shape, range, offset }, options) };
+  const matrix = stored ?? keptMatrix(store, { tensor, dtype, shape: source.shape }, weight, source.transposed);
+  if (matrix !== null) return { storage: matrix.format, shape, tiles: () => storedRows(matrix, range, options) };
+  const tiles = async function* () {
+    const reader = source.transposed
+      ? await transposedReader(store, tensor, dtype, source.shape[1] as number, range, options)
+      : floatReader(store, tensor, dtype, options);
+    const read = (begin: number, end: number) => reader(first + begin, first + end);
+    yield* quantizeRows({ shape: shape as [number, number], dtype, read }, weight, { numerics, ...options });
   };
-  if (shape.length === 1) {
-    const data = (await rows()).slice(first, end);
-    return { dtype: "f32", shape, data: offset === 0 ? data : data.map((value) => value + offset) };
-  }
-  if (role === "positions") return { dtype: "f32", shape, data: (await rows()).slice() };
-  const matrix = shape as [number, number];
-  const whole = source.transposed ? transpose(await rows(), source.shape[1] as number, [first, end]) : null;
-  const read = async (begin: number, stop: number) =>
-    whole?.subarray(begin * matrix[1], stop * matrix[1]) ?? rows([first + begin, first + stop]);
-  return quantizeRows({ shape: matrix, dtype, read }, weight, {
-    numerics,
-    tileBytes: TILE,
-    ...abort,
-    onProgress: (done, total) => onRows?.(done, total),
-  });
+  return { storage: weight, shape, tiles };
 }
 
-/** Bytes of the float32 rows that are quantized at once. */
-const TILE = 4 * 2 ** 20;
+interface ReadOptions {
+  readonly signal?: AbortSignal;
+  readonly memory?: Staging;
+}
+
+/** A float matrix that stays in its dtype as a stored one: its rows are codes already. */
+function keptMatrix(
+  store: TensorStore,
+  { tensor, dtype, shape }: { tensor: string; dtype: FloatType; shape: readonly number[] },
+  weight: Format,
+  transposed: boolean,
+): StoredMatrix | null {
+  const part = partOf(store, tensor);
+  if (transposed || part === undefined || weight !== FORMATS[dtype]) return null;
+  const [n, k] = shape as [number, number];
+  return {
+    format: weight,
+    shape: [n, k],
+    activation: null,
+    kind: dtype,
+    cut: "rows",
+    step: 1,
+    bytesPerLine: k * BYTES[dtype],
+    read: async (begin, end, signal, memory) => ({ packed: await part.read([begin, end], signal, memory) }),
+  };
+}
+
+type FloatRows = (begin: number, end: number) => Promise<Float32Array>;
+
+/** Reads rows of a float tensor, each time into the memory of the rows before, which is the last that is taken. */
+function floatReader(
+  store: TensorStore,
+  tensor: string,
+  dtype: FloatType,
+  { signal, memory }: { signal?: AbortSignal; memory: Staging },
+): FloatRows {
+  let mark: number | undefined;
+  return async (begin, end) => {
+    mark ??= memory.mark;
+    memory.release(mark);
+    const bytes = await store.read(tensor, { rows: [begin, end], memory, ...(signal && { signal }) });
+    const values = viewAs(dtype, bytes);
+    if (dtype === "f32") return values as Float32Array;
+    return toFloat32(dtype, values, new Float32Array(memory.take(values.length * 4).buffer, 0, values.length));
+  };
+}
+
+/** Rows of a matrix that the file holds as [k, n]: it is read whole. */
+async function transposedReader(
+  store: TensorStore,
+  tensor: string,
+  dtype: FloatType,
+  n: number,
+  range: readonly [number, number],
+  { signal }: ReadOptions,
+): Promise<FloatRows> {
+  const bytes = await store.read(tensor, signal ? { signal } : {});
+  const values = toFloat32(dtype, viewAs(dtype, bytes));
+  const k = values.length / n;
+  const rows = transpose(values, n, range);
+  return async (begin, end) => rows.subarray((begin - range[0]) * k, (end - range[0]) * k);
+}
+
+/** Rows of a vector or matrix of floats as float32, `offset` added. */
+async function* denseRows(
+  store: TensorStore,
+  tensor: string,
+  dtype: FloatType,
+  { shape, range, offset }: { shape: readonly number[]; range: readonly [number, number]; offset: number },
+  options: { signal?: AbortSignal; memory: Staging; tileBytes: number },
+): AsyncGenerator<HostTensor, void> {
+  const { signal, memory, tileBytes } = options;
+  const [begin, end] = range;
+  const width = sizeOf(shape.slice(1));
+  const height = Math.max(1, Math.floor(tileBytes / (4 * Math.max(1, width))));
+  const mark = memory.mark;
+  try {
+    const read = floatReader(store, tensor, dtype, options);
+    for (let row = begin; row < end; row += height) {
+      throwIfAborted(signal, "loading weights");
+      const last = Math.min(row + height, end);
+      const values = await read(row, last);
+      const data = offset === 0 ? values : values.map((value) => value + offset);
+      yield { dtype: "f32", shape: [last - row, ...shape.slice(1)], data };
+    }
+  } finally {
+    memory.release(mark);
+  }
+}
 
 /** Columns [begin, end) of a matrix [k, n] as rows [end - begin, k]. */
 function transpose(values: Float32Array, n: number, [begin, end]: readonly [number, number]): Float32Array {
@@ -157,6 +237,13 @@ export type Replacement = ReadonlyMap<string, HostTensor>;
 
 /** A plan in which some tensors are given: they are neither read nor quantized. Throws `shape/mismatch`. */
 export function replaceWeights(plan: WeightPlan, replacement: Replacement): WeightPlan {
+  const given = (spec: TensorSpec): HostTensor | undefined => {
+    const tensor = replacement.get(spec.name);
+    const expected = `[${spec.shape.join(", ")}]`;
+    if (tensor !== undefined && `[${tensor.shape.join(", ")}]` !== expected)
+      throw new FewbitError("shape/mismatch", { what: spec.name, got: tensor.shape, expected });
+    return tensor;
+  };
   return {
     weightFormat: (spec) => {
       const tensor = replacement.get(spec.name);
@@ -165,14 +252,8 @@ export function replaceWeights(plan: WeightPlan, replacement: Replacement): Weig
     activationFormat: (spec) => plan.activationFormat(spec),
     fastAccum: (spec) => plan.fastAccum(spec),
     inputOrder: (spec) => plan.inputOrder(spec),
-    load: async (spec, options) => {
-      const tensor = replacement.get(spec.name);
-      if (tensor === undefined) return plan.load(spec, options);
-      const expected = `[${spec.shape.join(", ")}]`;
-      if (`[${tensor.shape.join(", ")}]` !== expected)
-        throw new FewbitError("shape/mismatch", { what: spec.name, got: tensor.shape, expected });
-      return tensor;
-    },
+    rows: (spec, options) => asRows(given(spec) ?? plan.rows(spec, options)),
+    load: async (spec, options) => given(spec) ?? plan.load(spec, options),
   };
 }
 

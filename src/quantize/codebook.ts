@@ -1,5 +1,5 @@
 import { type Codec, codecBits, extentOf, type Rule, type ScaleLevel } from "../formats/format.js";
-import { packRow, rowWords } from "../formats/pack.js";
+import { packRow } from "../formats/pack.js";
 import { learnCenters, nearestCenter } from "./kmeans.js";
 import { type Procedure, type RuleContext, scaleWriter, type Tile } from "./rules.js";
 
@@ -9,18 +9,18 @@ import { type Procedure, type RuleContext, scaleWriter, type Tile } from "./rule
  * 2^27 elements alone).
  */
 export function codebook(context: RuleContext, rule: Extract<Rule, { kind: "codebook" }>): Procedure {
-  const { format, tensor, options } = context;
+  const { format, out, options } = context;
   const element = format.element as Extract<Codec, { kind: "lut" }>;
   const [patchRows, patchK] = element.vector;
   const size = patchRows * patchK;
   const entries = 2 ** element.bits;
-  const [n, k] = tensor.shape;
+  const [n, k] = out.shape;
   const perRow = k / patchK;
-  const centers = tensor.table as Float32Array;
+  const centers = out.buffers.table as Float32Array;
   const bits = codecBits(element);
   const scaleTile = tileScaler(context);
   const storeScale = scaleWriter(context, 0);
-  const stride = rowWords(perRow, bits);
+  const { stride } = out;
   let points: Float32Array | undefined;
   if (options.table === undefined) points = new Float32Array(n * k);
   else centers.set(options.table);
@@ -34,6 +34,9 @@ export function codebook(context: RuleContext, rule: Extract<Rule, { kind: "code
   };
 
   return {
+    get writes() {
+      return points === undefined;
+    },
     pass: (tile) => {
       const data = scaleTile(tile, points === undefined ? storeScale : undefined);
       const rows = tile.end - tile.begin;
@@ -52,22 +55,22 @@ export function codebook(context: RuleContext, rule: Extract<Rule, { kind: "code
           gather(data, row, column, patch, 0);
           codes[column] = nearest(patch, 0);
         }
-        packRow(tensor.qdata, ((tile.begin + row) / patchRows) * stride, codes, perRow, bits);
+        packRow(out.buffers.qdata, ((tile.begin + row - out.begin) / patchRows) * stride, codes, perRow, bits);
       }
     },
     finish: () => {
-      if (points === undefined) return false;
+      if (points === undefined) return;
       learnCenters(points, size, entries, rule.iterations, centers);
       points = undefined;
-      return true;
     },
   };
 }
 
 /** Divides a tile by its scales, which it chooses (and hands to `store`) or takes as given. */
-function tileScaler({ format, tensor, guarded, options }: RuleContext) {
+function tileScaler({ format, out: { shape }, guarded, options }: RuleContext) {
   const level = format.scales[0] as ScaleLevel;
-  const k = tensor.shape[1];
+  const k = shape[1];
+  let scaled = new Float32Array(0);
   const width = extentOf(level.block[1], k);
   const columns = k / width;
   const { element } = format;
@@ -85,16 +88,16 @@ function tileScaler({ format, tensor, guarded, options }: RuleContext) {
     return Math.fround(Math.max(Math.fround(scale), Math.fround(1e-9)));
   };
   return (tile: Tile, store: ((index: number, value: number) => number) | undefined): Float32Array => {
-    const out = new Float32Array(tile.data.length);
+    if (scaled.length < tile.data.length) scaled = new Float32Array(tile.data.length);
     for (let row = tile.begin; row < tile.end; row++) {
       for (let column = 0; column < columns; column++) {
         const begin = (row - tile.begin) * k + column * width;
         const index = row * columns + column;
         const scale = options.given?.scale[index] ?? choose(tile.data, begin);
         store?.(index, scale);
-        for (let i = begin; i < begin + width; i++) out[i] = (tile.data[i] as number) / scale;
+        for (let i = begin; i < begin + width; i++) scaled[i] = (tile.data[i] as number) / scale;
       }
     }
-    return out;
+    return scaled.subarray(0, tile.data.length);
   };
 }

@@ -1,6 +1,6 @@
 import { maxValue } from "../formats/codec.js";
 import { codecBits, extentOf, type Rule } from "../formats/format.js";
-import { packRow, rowWords } from "../formats/pack.js";
+import { packRow } from "../formats/pack.js";
 import { ROUND } from "./affine.js";
 import { type Procedure, type RuleContext, scaleWriter, type Tile, zeroWriter } from "./rules.js";
 
@@ -9,8 +9,8 @@ const P = 0.7;
 const KAPPA = 1.01;
 
 /** Where the groups of a tensor lie: groups of one row side by side, `width` values each. */
-function groupsOf({ format, tensor, columns }: RuleContext) {
-  const [n, k] = tensor.shape;
+function groupsOf({ format, out, columns }: RuleContext) {
+  const [n, k] = out.shape;
   const block = format.scales[0]?.block ?? ([1, "all"] as const);
   return { count: n * columns, width: extentOf(block[1], k), columns, k };
 }
@@ -37,15 +37,16 @@ function encodeTile(
   encode: (group: number, begin: number, end: number, codes: Int32Array, at: number) => void,
 ): void {
   const { width, columns, k } = groupsOf(context);
-  const bits = codecBits(context.format.element);
-  const stride = rowWords(k, bits);
+  const { format, out } = context;
+  const bits = codecBits(format.element);
+  const { stride } = out;
   const codes = new Int32Array(k);
   for (let row = tile.begin; row < tile.end; row++) {
     for (let column = 0; column < columns; column++) {
       const begin = (row - tile.begin) * k + column * width;
       encode(row * columns + column, begin, begin + width, codes, column * width);
     }
-    packRow(context.tensor.qdata, row * stride, codes, k, bits);
+    packRow(out.buffers.qdata, (row - out.begin) * stride, codes, k, bits);
   }
 }
 
@@ -54,13 +55,13 @@ function encodeTile(
  * passes; the search of the whole tensor stops when its mean error no longer falls.
  */
 export function hqq(context: RuleContext): Procedure {
-  const { format, guarded, tensor } = context;
+  const { format, guarded, out } = context;
   const bits = codecBits(format.element);
   const most = 2 ** bits - 1;
   const { count } = groupsOf(context);
   const inverse = new Float32Array(count);
   const zeros = new Float32Array(count);
-  const total = tensor.shape[0] * tensor.shape[1];
+  const total = out.shape[0] * out.shape[1];
   const tinygemm = format.zero.domain === "float";
   const zeroLimit = format.zero.domain === "int" ? maxValue(format.zero.codec) : Number.POSITIVE_INFINITY;
   let iteration = 0;
@@ -68,6 +69,8 @@ export function hqq(context: RuleContext): Procedure {
   let error = 0;
   let best = 1e4;
   let searching = true;
+  const storeScale = scaleWriter(context, 0);
+  const storeZero = zeroWriter(context);
 
   const first = (data: Float32Array, group: number, begin: number, end: number) => {
     let lo = Number.POSITIVE_INFINITY;
@@ -107,6 +110,9 @@ export function hqq(context: RuleContext): Procedure {
   };
 
   return {
+    get writes() {
+      return !searching;
+    },
     pass: (tile) => {
       const { data } = tile;
       if (searching) {
@@ -119,6 +125,9 @@ export function hqq(context: RuleContext): Procedure {
       encodeTile(context, tile, (group, begin, end, codes, at) => {
         const scale = inverse[group] as number;
         const zero = zeros[group] as number;
+        const stored = Math.fround(1 / scale);
+        storeScale(group, stored);
+        storeZero(group, tinygemm ? Math.fround(Math.fround(2 ** (bits - 1) - zero) * stored) : zero);
         for (let i = begin; i < end; i++) {
           const code = Math.fround(Math.fround((data[i] as number) * scale) + zero) + ROUND - ROUND;
           codes[at + i - begin] = code < 0 ? 0 : code > most ? most : code;
@@ -126,24 +135,12 @@ export function hqq(context: RuleContext): Procedure {
       });
     },
     finish: () => {
-      if (searching) {
-        const mean = error / Math.max(total, 1);
-        error = 0;
-        beta *= KAPPA;
-        iteration++;
-        searching = mean < best && iteration < ITERATIONS;
-        best = Math.min(best, mean);
-        return true;
-      }
-      const storeScale = scaleWriter(context, 0);
-      const storeZero = zeroWriter(context);
-      for (let group = 0; group < count; group++) {
-        const scale = Math.fround(1 / (inverse[group] as number));
-        const zero = zeros[group] as number;
-        storeScale(group, scale);
-        storeZero(group, tinygemm ? Math.fround(Math.fround(2 ** (bits - 1) - zero) * scale) : zero);
-      }
-      return false;
+      const mean = error / Math.max(total, 1);
+      error = 0;
+      beta *= KAPPA;
+      iteration++;
+      searching = mean < best && iteration < ITERATIONS;
+      best = Math.min(best, mean);
     },
   };
 }
@@ -162,16 +159,21 @@ export function hqqScale(context: RuleContext, rule: Extract<Rule, { kind: "hqq_
   let iteration = 0;
   let change = 0;
   let searching = true;
+  const store = scaleWriter(context, 0);
   const encode = (value: number, scale: number) => {
     const code = Math.fround(value / scale) + ROUND - ROUND;
     return code < rule.min ? rule.min : code > rule.max ? rule.max : code;
   };
   return {
+    get writes() {
+      return !searching;
+    },
     pass: (tile) => {
       const { data } = tile;
       if (!searching) {
         encodeTile(context, tile, (group, begin, end, codes, at) => {
           const scale = scales[group] as number;
+          store(group, scale);
           for (let i = begin; i < end; i++) codes[at + i - begin] = encode(data[i] as number, scale);
         });
         return;
@@ -195,15 +197,9 @@ export function hqqScale(context: RuleContext, rule: Extract<Rule, { kind: "hqq_
       });
     },
     finish: () => {
-      if (searching) {
-        iteration++;
-        searching = change >= 1e-5 && iteration < ITERATIONS;
-        change = 0;
-        return true;
-      }
-      const store = scaleWriter(context, 0);
-      for (let group = 0; group < count; group++) store(group, scales[group] as number);
-      return false;
+      iteration++;
+      searching = change >= 1e-5 && iteration < ITERATIONS;
+      change = 0;
     },
   };
 }
@@ -222,6 +218,7 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
   const squares = new Float64Array(width);
   let target = Number.POSITIVE_INFINITY;
   let iteration = -1;
+  const storeGroup = scaleWriter(context, 0);
 
   /** What a deviation divides by. A constant group has none; dividing by its rounding errors would overflow. */
   const divisorOf = (spread: number) => {
@@ -236,12 +233,16 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
     return deviations;
   };
   return {
+    get writes() {
+      return iteration >= rule.iterations;
+    },
     pass: (tile) => {
       const { data } = tile;
       if (iteration >= rule.iterations) {
         encodeTile(context, tile, (group, begin, end, codes, at) => {
           const scale = scales[group] as number;
           const divisor = byGroup[group] as number;
+          storeGroup(group, Math.fround(scale * divisor));
           for (let i = begin; i < end; i++) {
             const value = Math.fround((data[i] as number) / (divisor * (byColumn[i - begin] as number)));
             const code = Math.fround(value / scale) + ROUND - ROUND;
@@ -271,12 +272,6 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
       });
     },
     finish: () => {
-      if (iteration >= rule.iterations) {
-        const [storeGroup, storeColumn] = [scaleWriter(context, 0), scaleWriter(context, 1)];
-        for (let g = 0; g < count; g++) storeGroup(g, Math.fround((scales[g] as number) * (byGroup[g] as number)));
-        for (let c = 0; c < k; c++) storeColumn(c, Math.fround(byColumn[c % width] as number));
-        return false;
-      }
       const deviations = columnDeviations();
       if (iteration < 0) target = Math.max(Math.min(target, ...deviations), 1e-8);
       iteration++;
@@ -284,8 +279,10 @@ export function sinq(context: RuleContext, rule: Extract<Rule, { kind: "sinq" }>
         for (let c = 0; c < width; c++) {
           byColumn[c] = (byColumn[c] as number) * divisorOf(deviations[c] as number);
         }
+        return;
       }
-      return true;
+      const storeColumn = scaleWriter(context, 1);
+      for (let c = 0; c < k; c++) storeColumn(c, Math.fround(byColumn[c % width] as number));
     },
   };
 }

@@ -1,12 +1,21 @@
 import type { FloatType } from "../core/dtype.js";
 import { FewbitError, throwIfAborted } from "../core/errors.js";
 import { roundUp } from "../core/shape.js";
+import { Staging } from "../core/staging.js";
 import { blockGrid, codecBits, codecVector, extentOf, type Format, type Rule } from "../formats/format.js";
-import { packRow, rowWords } from "../formats/pack.js";
-import { type QuantizedTensor, tensorWords } from "../formats/tensor.js";
+import { packRow } from "../formats/pack.js";
+import type { QuantizedTensor } from "../formats/tensor.js";
+import { blockRows, RowWindow } from "../formats/window.js";
 import { codebook } from "./codebook.js";
 import { hqq, hqqScale, sinq } from "./hqq.js";
-import { BLOCK_RULES, type BlockRule, type Procedure, type QuantizeOptions, type RuleContext } from "./rules.js";
+import {
+  BLOCK_RULES,
+  type BlockRule,
+  type Procedure,
+  type QuantizeOptions,
+  type RuleContext,
+  type Tile,
+} from "./rules.js";
 
 export type { QuantizeOptions } from "./rules.js";
 
@@ -28,12 +37,15 @@ export function quantizeTensor(
       expected: `[${shape[0]} * ${shape[1]}]`,
     });
   }
-  const tensor = emptyTensor(format, shape);
-  const procedure = start(tensor, dtype, options);
+  const out = openWindow(format, shape);
+  const procedure = start(out, dtype, options);
   const tile = { data, begin: 0, end: shape[0] };
-  do procedure.pass(tile);
-  while (procedure.finish());
-  return tensor;
+  while (!procedure.writes) {
+    procedure.pass(tile);
+    procedure.finish();
+  }
+  procedure.pass(tile);
+  return out.buffers;
 }
 
 /** A matrix read a few rows at a time. */
@@ -45,61 +57,54 @@ export interface RowSource {
 }
 
 export interface QuantizeRowsOptions extends QuantizeOptions {
-  /** Bytes of one float32 tile (default 16 MiB, at least one row of blocks). The peak is this plus the output. */
+  /** Bytes of one float32 tile (default 16 MiB, at least one row of blocks). */
   readonly tileBytes?: number;
+  /** Memory for the tiles; without it each load has its own. */
+  readonly memory?: Staging;
   readonly signal?: AbortSignal;
   /** Called after every tile with the rows done, over all passes of `passes` so far. */
   readonly onProgress?: (rows: number, total: number, pass: number) => void;
 }
 
 /**
- * `quantizeTensor` piece by piece, with the same result bit for bit. Throws `operation/aborted` once `signal` fires.
+ * `quantizeTensor` a tile of rows at a time: together they are its result bit for bit, as `sliceRows` cuts it. A tile is good until
+ * the next is asked for. The rows are read once more for every pass of a rule that looks at the whole tensor before it writes; what it
+ * then keeps are numbers of blocks, but for learned tables (`Codec`). Throws `operation/aborted` once `signal` fires.
  */
-export async function quantizeRows(
+export async function* quantizeRows(
   source: RowSource,
   format: Format,
   options: QuantizeRowsOptions = {},
-): Promise<QuantizedTensor> {
+): AsyncGenerator<QuantizedTensor, void> {
   const [n, k] = source.shape;
-  const tensor = emptyTensor(format, source.shape);
-  const procedure = start(tensor, source.dtype, options);
-  const step = Math.max(1, Math.floor((options.tileBytes ?? 16 * 2 ** 20) / (4 * Math.max(k, 1))));
-  const aligned = Math.min(roundUp(Math.max(1, step), tileRows(format)), Math.max(n, 1));
-  let passes = 0;
-  do {
-    for (let begin = 0; begin < n; begin += aligned) {
-      throwIfAborted(options.signal, `quantizing to ${format.name}`);
-      const end = Math.min(begin + aligned, n);
-      procedure.pass({ data: await source.read(begin, end), begin, end });
-      options.onProgress?.(end, n, passes);
+  const { memory = new Staging(), tileBytes = 16 * 2 ** 20, signal, onProgress } = options;
+  const step = Math.max(1, Math.floor(tileBytes / (4 * Math.max(k, 1))));
+  const height = Math.min(roundUp(step, blockRows(format)), n);
+  const mark = memory.mark;
+  try {
+    const out = openWindow(format, source.shape, height, memory);
+    const procedure = start(out, source.dtype, options);
+    for (let pass = 0; ; pass++) {
+      const { writes } = procedure;
+      for (let begin = 0; begin < n; begin += height) {
+        throwIfAborted(signal, `quantizing to ${format.name}`);
+        const end = Math.min(begin + height, n);
+        if (writes) out.move(begin, end);
+        procedure.pass({ data: await source.read(begin, end), begin, end });
+        if (writes) yield out.rows();
+        onProgress?.(end, n, pass);
+      }
+      if (writes) return;
+      procedure.finish();
     }
-    passes++;
-  } while (procedure.finish());
-  return tensor;
+  } finally {
+    memory.release(mark);
+  }
 }
 
-/** Rows that every tile is a multiple of: the tallest block that is not a whole column. */
-function tileRows(format: Format): number {
-  const heights = format.scales.map((level) => level.block[0]).filter((rows) => rows !== "all");
-  return Math.max(codecVector(format.element)[0], ...heights);
-}
-
-function emptyTensor(format: Format, shape: readonly [number, number]): QuantizedTensor {
+function openWindow(format: Format, shape: readonly [number, number], height = shape[0], memory?: Staging): RowWindow {
   requireBlocks(format, shape);
-  const words = tensorWords(format, shape);
-  const { element } = format;
-  const table =
-    element.kind === "lut" && element.entries === "learned"
-      ? { table: new Float32Array(2 ** element.bits * element.vector[0] * element.vector[1]) }
-      : {};
-  return {
-    format,
-    shape: [shape[0], shape[1]],
-    qdata: new Uint32Array(words.qdata),
-    scales: words.scales.map((count) => new Uint32Array(count)),
-    ...(words.zero > 0 ? { zero: new Uint32Array(words.zero) } : {}),
-    ...table,
-  };
+  return new RowWindow(format, shape, height, memory);
 }
 
 /** Throws `format/block` unless every block of the format divides k (and a vector table's patch divides n too). */
@@ -121,12 +126,12 @@ type Maker<T> = (context: RuleContext, rule: Rule) => T;
 /** The rules that look at a tensor as a whole. */
 const PROCEDURES = { hqq, hqq_scale: hqqScale, sinq, codebook } as const;
 
-function start(tensor: QuantizedTensor, dtype: FloatType, options: QuantizeOptions): Procedure {
-  const { format, shape } = tensor;
+function start(out: RowWindow, dtype: FloatType, options: QuantizeOptions): Procedure {
+  const { format, shape } = out;
   const guarded = options.numerics !== "torchao";
   const first = format.scales[0];
   const columns = first === undefined ? 1 : blockGrid(first.block, shape)[1];
-  const context: RuleContext = { format, dtype, guarded, options, tensor, columns };
+  const context: RuleContext = { format, dtype, guarded, options, out, columns };
   const { rule } = format;
   if (rule.kind in PROCEDURES) {
     return (PROCEDURES[rule.kind as keyof typeof PROCEDURES] as Maker<Procedure>)(context, rule);
@@ -134,25 +139,44 @@ function start(tensor: QuantizedTensor, dtype: FloatType, options: QuantizeOptio
   return blockwise(context, (BLOCK_RULES[rule.kind as keyof typeof BLOCK_RULES] as Maker<BlockRule>)(context, rule));
 }
 
-/** Runs a rule with independent blocks: one pass, or two when a block or an outer scale spans all rows. */
+/** Runs a rule with independent blocks: one pass, or two when something spans all rows. */
 function blockwise(context: RuleContext, rule: BlockRule): Procedure {
-  const { format, tensor, columns } = context;
-  const [n, k] = tensor.shape;
+  const { format, out, columns } = context;
+  const [n, k] = out.shape;
   const block = format.scales[0]?.block ?? ([1, "all"] as const);
   const tall = block[0] === "all";
   const height = extentOf(block[0], n);
   const width = extentOf(block[1], k);
   const bits = codecBits(format.element);
-  const stride = rowWords(k, bits);
+  const { stride } = out;
   const codes = new Int32Array(k);
-  const lo = new Float64Array(columns).fill(Number.POSITIVE_INFINITY);
-  const hi = new Float64Array(columns).fill(Number.NEGATIVE_INFINITY);
-  let observing = tall || rule.begin !== undefined;
+  const lo = new Float64Array(columns);
+  const hi = new Float64Array(columns);
+  let prepared = new Float32Array(0);
+  let writes = !tall && rule.begin === undefined;
+  let greatest = 0;
 
+  const forget = () => {
+    lo.fill(Number.POSITIVE_INFINITY);
+    hi.fill(Number.NEGATIVE_INFINITY);
+  };
   const observe = (data: Float32Array, begin: number, end: number) => {
     for (let at = begin; at < end; at += k) {
       for (let column = 0; column < columns; column++)
         scan(data, at + column * width, at + (column + 1) * width, lo, hi, column);
+    }
+  };
+  /** Shows `visit` every row of blocks of a tile that is not tall, its extremes observed. */
+  const byBlocks = (
+    data: Float32Array,
+    { begin, end }: Tile,
+    visit: (row: number, stop: number, base: number) => void,
+  ) => {
+    for (let row = begin; row < end; row += height) {
+      const stop = Math.min(row + height, end);
+      forget();
+      if (format.scales.length > 0) observe(data, (row - begin) * k, (stop - begin) * k);
+      visit(row, stop, Math.floor(row / height) * columns);
     }
   };
   const encodeRows = (data: Float32Array, from: number, to: number, offset: number) => {
@@ -161,50 +185,47 @@ function blockwise(context: RuleContext, rule: BlockRule): Procedure {
       for (let column = 0; column < columns; column++) {
         rule.encode(column, data, at + column * width, at + (column + 1) * width, codes, column * width);
       }
-      packRow(tensor.qdata, row * stride, codes, k, bits);
+      packRow(out.buffers.qdata, (row - out.begin) * stride, codes, k, bits);
     }
   };
+  const prepare = ({ data, begin, end }: Tile): Float32Array => {
+    if (rule.prepare === undefined) return data;
+    if (prepared.length < data.length) prepared = new Float32Array(data.length);
+    prepared.set(data);
+    for (let row = begin; row < end; row++) rule.prepare(prepared, (row - begin) * k, (row - begin + 1) * k, row);
+    return prepared.subarray(0, data.length);
+  };
 
+  forget();
   return {
+    get writes() {
+      return writes;
+    },
     pass: (tile) => {
-      if (observing) return observe(tile.data, 0, tile.data.length);
+      if (!writes && rule.collect === undefined) return observe(tile.data, 0, tile.data.length);
+      if (!writes)
+        return byBlocks(tile.data, tile, (_row, _stop, base) => {
+          for (let column = 0; column < columns; column++)
+            rule.collect?.(base + column, lo[column] as number, hi[column] as number);
+        });
       if (tall) return encodeRows(tile.data, tile.begin, tile.end, tile.begin);
-      let data = tile.data;
-      if (rule.prepare !== undefined) {
-        data = tile.data.slice();
-        for (let row = tile.begin; row < tile.end; row++) {
-          rule.prepare(data, (row - tile.begin) * k, (row - tile.begin + 1) * k, row);
-        }
-      }
-      for (let row = tile.begin; row < tile.end; row += height) {
-        const end = Math.min(row + height, tile.end);
-        lo.fill(Number.POSITIVE_INFINITY);
-        hi.fill(Number.NEGATIVE_INFINITY);
-        if (format.scales.length > 0) observe(data, (row - tile.begin) * k, (end - tile.begin) * k);
-        const base = Math.floor(row / height) * columns;
-        for (let column = 0; column < columns; column++) {
+      const data = prepare(tile);
+      byBlocks(data, tile, (row, stop, base) => {
+        for (let column = 0; column < columns; column++)
           rule.choose(base + column, column, lo[column] as number, hi[column] as number);
-        }
-        encodeRows(data, row, end, tile.begin);
-      }
+        encodeRows(data, row, stop, tile.begin);
+      });
     },
     finish: () => {
-      if (!observing) {
-        rule.end?.();
-        return false;
-      }
-      observing = false;
-      let largest = 0;
-      for (let column = 0; column < columns; column++) {
-        largest = Math.max(largest, -(lo[column] as number), hi[column] as number);
-      }
-      rule.begin?.(largest);
+      writes = true;
+      for (let column = 0; column < columns; column++)
+        greatest = Math.max(greatest, -(lo[column] as number), hi[column] as number);
+      rule.begin?.(greatest);
       if (tall && n > 0) {
         for (let column = 0; column < columns; column++) {
           rule.choose(column, column, lo[column] as number, hi[column] as number);
         }
       }
-      return true;
     },
   };
 }

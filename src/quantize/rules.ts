@@ -2,7 +2,7 @@ import { type FloatType, f32Bits, roundTo } from "../core/dtype.js";
 import { decode, decodeTable, encoder, floatFields, maxValue } from "../formats/codec.js";
 import { type Codec, codecBits, codecName, type Format, type Rule } from "../formats/format.js";
 import { writeCode } from "../formats/pack.js";
-import type { QuantizedTensor } from "../formats/tensor.js";
+import type { RowWindow } from "../formats/window.js";
 import { type AffineRule, affineCodes, affineScale, affineZero, ROUND, SMALLEST_NORMAL } from "./affine.js";
 import { nf4Coder, quantizeScalers } from "./nf4.js";
 
@@ -29,7 +29,8 @@ export interface RuleContext {
   readonly dtype: FloatType;
   readonly guarded: boolean;
   readonly options: QuantizeOptions;
-  readonly tensor: QuantizedTensor;
+  /** Where it writes; its shape is that of the tensor. */
+  readonly out: RowWindow;
   /** Blocks of the first scale level in one row of blocks. */
   readonly columns: number;
 }
@@ -41,15 +42,22 @@ export interface Tile {
   readonly end: number;
 }
 
-/** A rule at work on one tensor: it is shown every tile in order, and again as long as it asks for another pass. */
+/**
+ * A rule at work on one tensor: it is shown every tile in order, as often as it needs to choose what depends on all of them, and
+ * then once to write every row of each.
+ */
 export interface Procedure {
+  /** Whether the tiles that come are written. */
+  readonly writes: boolean;
   pass(tile: Tile): void;
-  /** Called after the last tile; true asks for all tiles once more. */
-  finish(): boolean;
+  /** Called after the last tile of a pass that wrote nothing. */
+  finish(): void;
 }
 
 /** A rule whose blocks do not depend on each other: parameters of a block from its extremes, then codes of its runs. */
 export interface BlockRule {
+  /** Asks for the extremes of every block before any is chosen. */
+  collect?(index: number, lo: number, hi: number): void;
   /** Asks for the largest magnitude of the whole tensor before any block is chosen. */
   begin?(amax: number): void;
   /** Replaces a row before anything else looks at it. */
@@ -60,8 +68,6 @@ export interface BlockRule {
    * Codes of x[begin .. end), which lie in the block of `column`, written to `out` from `at`; high bits do not matter.
    */
   encode(column: number, x: Float32Array, begin: number, end: number, out: Int32Array, at: number): void;
-  /** Stores what needs every block. */
-  end?(): void;
 }
 
 type BlockKind = "cast" | "affine" | "amax" | "mslk_int4" | "mx" | "nvfp4" | "nf4";
@@ -84,32 +90,35 @@ export function scaleDtype(codec: Codec): FloatType {
   return name === "bf16" || name === "f16" ? name : "f32";
 }
 
-/** Stores codes of one scale level. */
+/** Stores codes of one scale level; blocks are counted over the tensor. */
 export function scaleWriter(
-  context: Pick<RuleContext, "format" | "tensor">,
+  { format, out }: Pick<RuleContext, "format" | "out">,
   level: number,
 ): (index: number, value: number) => number {
-  const codec = context.format.scales[level]?.codec as Codec;
-  const words = context.tensor.scales[level] as Uint32Array;
+  const codec = format.scales[level]?.codec as Codec;
+  const words = out.buffers.scales[level] as Uint32Array;
   const bits = codecBits(codec);
   const encode = encoder(codec);
   return (index, value) => {
     const code = encode(value);
-    writeCode(words, 0, index, bits, code);
+    writeCode(words, 0, index - out.firstBlock(level), bits, code);
     return decode(codec, code);
   };
 }
 
 /** Stores zero points; does nothing for a format without them. */
-export function zeroWriter(context: Pick<RuleContext, "format" | "tensor">): (index: number, value: number) => number {
-  const { zero } = context.format;
-  const words = context.tensor.zero;
+export function zeroWriter({
+  format,
+  out,
+}: Pick<RuleContext, "format" | "out">): (index: number, value: number) => number {
+  const { zero } = format;
+  const words = out.buffers.zero;
   if (zero.domain === "none" || words === undefined) return () => 0;
   const bits = codecBits(zero.codec);
   const encode = encoder(zero.codec);
   return (index, value) => {
     const code = encode(value);
-    writeCode(words, 0, index, bits, code);
+    writeCode(words, 0, index - out.firstBlock(0), bits, code);
     return decode(zero.codec, code);
   };
 }
@@ -262,7 +271,7 @@ function mx(context: RuleContext, rule: RuleOf<"mx">): BlockRule {
   const power = Math.floor(Math.log2(top));
   const inverse = Math.fround(1 / top);
   const halfUlp = element.kind === "float" ? 2 ** (22 - element.mantissa) : 0;
-  const words = context.tensor.scales[0] as Uint32Array;
+  const words = context.out.buffers.scales[0] as Uint32Array;
   const encode = encoder(element);
   const encodeScale = encoder(context.format.scales[0]?.codec as Codec);
   const reciprocals = new Float32Array(context.columns);
@@ -283,7 +292,7 @@ function mx(context: RuleContext, rule: RuleOf<"mx">): BlockRule {
     choose: (index, column, lo, hi) => {
       const given = context.options.given?.scale[index];
       const byte = given === undefined ? byteOf(Math.abs(magnitude(lo, hi))) : encodeScale(given);
-      writeCode(words, 0, index, 8, byte);
+      writeCode(words, 0, index - context.out.firstBlock(0), 8, byte);
       reciprocals[column] = byte === 255 ? Number.NaN : 2 ** (127 - byte);
     },
     encode: (column, x, begin, end, out, at) => {
@@ -343,23 +352,26 @@ function nvfp4(context: RuleContext, rule: RuleOf<"nvfp4">): BlockRule {
 }
 
 function nf4(context: RuleContext, rule: RuleOf<"nf4">): BlockRule {
-  const { format, dtype, guarded, tensor } = context;
+  const { format, dtype, guarded } = context;
   const table = decodeTable(format.element);
   const coder = nf4Coder(table, dtype);
-  const absmax = new Float32Array(tensor.shape[0] * context.columns);
+  const absmax = new Float32Array(context.out.shape[0] * context.columns);
   const scales = new Float32Array(context.columns);
+  const store = scaleWriter(context, 0);
+  let stored: Float32Array = absmax;
   return {
-    choose: (index, column, lo, hi) => {
-      const largest = magnitude(lo, hi);
-      absmax[index] = largest;
+    collect: (index, lo, hi) => {
+      absmax[index] = magnitude(lo, hi);
+    },
+    begin: () => {
+      stored = quantizeScalers(absmax, dtype, rule.scalers).scales;
+    },
+    choose: (index, column) => {
+      store(index, stored[index] as number);
       // An all-zero block is 0/0; any divisor makes its codes those of zero.
+      const largest = absmax[index] as number;
       scales[column] = guarded && largest === 0 ? 1 : largest;
     },
     encode: (column, x, begin, end, out, at) => coder(scales[column] as number, x, begin, end, out, at),
-    end: () => {
-      const { scales: values } = quantizeScalers(absmax, dtype, rule.scalers);
-      const store = scaleWriter(context, 0);
-      for (let i = 0; i < values.length; i++) store(i, values[i] as number);
-    },
   };
 }

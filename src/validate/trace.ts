@@ -5,7 +5,7 @@ import { codecBits } from "../formats/format.js";
 import { dequantize, elementCodes } from "../formats/tensor.js";
 import type { Symbols } from "../ir/evaluate.js";
 import { concreteShape, type Graph, type Value, type ValueId } from "../ir/graph.js";
-import { copyTensor, type HostTensor, isDense } from "../ir/tensor.js";
+import { copyTensor, type HostTensor, isDense, joinRows } from "../ir/tensor.js";
 import { planMemory } from "../plan/memory.js";
 import { bucketFor, type Plan } from "../plan/plan.js";
 import { BoundStep, type Step } from "../plan/step.js";
@@ -41,7 +41,7 @@ export async function tap(
 ): Promise<Tap> {
   const known = new Map<string, HostTensor>();
   const source = async (name: string): Promise<HostTensor> => {
-    const tensor = known.get(name) ?? (await weights(name));
+    const tensor = known.get(name) ?? (await joinRows(await weights(name)));
     known.set(name, tensor);
     return tamper?.(name, tensor) ?? tensor;
   };

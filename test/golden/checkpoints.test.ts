@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs";
 import { describe, expect, test } from "vitest";
 import { toFloat32, viewAs } from "../../src/core/dtype.js";
 import { GGML_TYPES, ggmlType } from "../../src/formats/ggml.js";
-import { loadStored, memoryPart } from "../../src/formats/stored-matrix.js";
+import { memoryPart } from "../../src/formats/stored-matrix.js";
 import { dequantize, elementCodes, scaleValues, zeroValues } from "../../src/formats/tensor.js";
 import { describeTorchao, torchaoPartName } from "../../src/formats/torchao.js";
 import { torchaoClass } from "../../src/formats/torchao-write.js";
@@ -17,6 +17,7 @@ import { memorySource, openDirectory, readJson } from "../../src/io/source.js";
 import { loadModel } from "../../src/models/model.js";
 import { open } from "../../src/runtime/device.js";
 import { loadTokenizer } from "../../src/text/tokenizer.js";
+import { loadEveryWay } from "../support/stored.js";
 import { tinyModel } from "../support/tiny-model.js";
 
 /* The files of test/golden/checkpoints, whose generate.py says by whom every number was made. */
@@ -48,7 +49,7 @@ describe("blocks of GGML types mean what the gguf package says", async () => {
       const type = ggmlType(id) as NonNullable<ReturnType<typeof ggmlType>>;
       const blocks = await file.read(`${name}.blocks`);
       const tensor = { name, shape: [3, 512], type: id, byteOffset: 0, byteLength: blocks.byteLength };
-      const made = await loadStored(ggmlMatrix(memorySource(blocks), tensor, type, null), { tileBytes: 1 });
+      const made = await loadEveryWay(ggmlMatrix(memorySource(blocks), tensor, type, null));
       expectSame(once(dequantize(made)), await floats(file, `${name}.values`));
     });
 });
@@ -75,7 +76,7 @@ describe("a GGUF file that the gguf package wrote", async () => {
       const matrix = weights.stored?.get(name);
       if (matrix !== undefined) {
         expect(matrix.shape).toEqual(shape);
-        expectSame(once(dequantize(await loadStored(matrix))), await floats(expected, name));
+        expectSame(once(dequantize(await loadEveryWay(matrix))), await floats(expected, name));
         continue;
       }
       const dtype = ({ F32: "f32", F16: "f16", BF16: "bf16" } as const)[weights.tensors.get(name)?.dtype as "F32"];
@@ -116,7 +117,7 @@ test("a checkpoint that torchao wrote gives its codes and scales back, byte for 
   await using store = await withStored(checkpoint, { quant_method: "torchao" });
   const classes = new Set<string>();
   for (const [name, { format, shape, activation, ...matrix }] of store.stored ?? []) {
-    const tensor = await loadStored({ format, shape, activation, ...matrix });
+    const tensor = await loadEveryWay({ format, shape, activation, ...matrix });
     const made = torchaoClass({ format, shape, dtype: "bf16", activation });
     if (made === null) throw new Error(`${name}: torchao has no class for what it wrote`);
     classes.add(made.type);
@@ -148,7 +149,7 @@ test("torchao's Int4PlainInt32Tensor of an XPU gives its codes, scales and zero 
   ]);
   const attributes = { block_size: [1, 32], shape: [18, 64] };
   const matrix = await describeTorchao("a.w", "Int4PlainInt32Tensor", attributes, parts);
-  const tensor = await loadStored(matrix);
+  const tensor = await loadEveryWay(matrix);
   expect([...elementCodes(tensor)]).toEqual([...(await file.read("codes"))]);
   const scales = viewAs("f32", (await file.read("scale")).slice());
   const zeros = viewAs("i8", (await file.read("zero_point")).slice());
@@ -308,7 +309,7 @@ async function expectValues(
 ): Promise<void> {
   const matrix = (await parseScheme(config)?.describe(only(file, layer)))?.get(`${layer}.weight`);
   expect(matrix?.format.name).toBe(format);
-  const made = await loadStored(matrix as NonNullable<typeof matrix>, { tileBytes: 1 });
+  const made = await loadEveryWay(matrix as NonNullable<typeof matrix>);
   const values = await floats(file, `${layer}.values`);
   const k = made.shape[1];
   const wanted = values.map((_, at) => values[at - (at % k) + (matrix?.columns?.[at % k] ?? at % k)] as number);

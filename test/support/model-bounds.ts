@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs";
 import { openCheckpoint } from "../../src/io/checkpoint.js";
 import { openDirectory } from "../../src/io/source.js";
 import type { Graph, ValueId } from "../../src/ir/graph.js";
-import { type DenseTensor, type HostTensor, zeros } from "../../src/ir/tensor.js";
+import { type DenseTensor, type HostTensor, joinRows, zeros } from "../../src/ir/tensor.js";
 import { type DecoderConfig, parseConfig, tensorSpecs } from "../../src/models/config.js";
 import { buildDecoder, decoderBuckets, PAST, ROPE_TABLE, ropeTables, TOKENS } from "../../src/models/decoder.js";
 import { kvFormat } from "../../src/models/kvcache.js";
@@ -36,7 +36,8 @@ export async function loadGraph(folder: string, options: GraphOptions): Promise<
   await using checkpoint = await openCheckpoint(await openDirectory(folder));
   const specs = tensorSpecs(config);
   const plan = planWeights(checkpoint, specs, parseQuantizeName(quantize));
-  const weights = new Map<string, HostTensor>(ropeTables(config, capacity));
+  const weights = new Map<string, HostTensor>();
+  for (const [name, table] of ropeTables(config, capacity)) weights.set(name, await joinRows(table));
   for (const spec of specs) weights.set(spec.name, await plan.load(spec, {}));
   const { weightFormat, activationFormat } = plan;
   const layout = { weightFormat, activationFormat, kvFormat: kvFormat("none"), maxTokens, capacity } as const;

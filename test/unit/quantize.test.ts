@@ -1,8 +1,16 @@
 import { describe, expect, test } from "vitest";
 import { f32FromBits, roundTo } from "../../src/core/dtype.js";
+import { Staging } from "../../src/core/staging.js";
 import { type Codec, defineFormat, type Format, formatKey, withRule, withScale } from "../../src/formats/format.js";
 import { CODECS, FORMATS } from "../../src/formats/table.js";
-import { dequantize, elementCodes, type QuantizedTensor, scaleValues, zeroValues } from "../../src/formats/tensor.js";
+import {
+  dequantize,
+  elementCodes,
+  type QuantizedTensor,
+  scaleValues,
+  sliceRows,
+  zeroValues,
+} from "../../src/formats/tensor.js";
 import { dequantizeTo } from "../../src/quantize/dequantize.js";
 import { quantizeRows, quantizeTensor } from "../../src/quantize/quantize.js";
 
@@ -93,12 +101,24 @@ const source = (data: Float32Array) => ({
 });
 
 describe.each(all)("%s", (_key, format) => {
-  test("quantizing in pieces is quantizing whole, bit for bit", async () => {
+  test("quantizing in tiles is quantizing whole, bit for bit", async () => {
+    const memory = new Staging();
     for (const data of [ordinary, hardest(format)]) {
       const whole = quantizeTensor(data, [N, K], "bf16", format);
-      const pieces = await quantizeRows(source(data), format, { tileBytes: 5 * K * 4 });
-      expect(sameWords(pieces, whole)).not.toContain(false);
+      for (const height of [1, 5, 7, N]) {
+        let begin = 0;
+        // Whatever is left in memory by what was there before must not be seen.
+        memory.take(2 ** 16).fill(0xa5);
+        memory.release();
+        for await (const tile of quantizeRows(source(data), format, { tileBytes: height * K * 4, memory })) {
+          const end = begin + tile.shape[0];
+          expect(sameWords(tile, sliceRows(whole, begin, end))).not.toContain(false);
+          begin = end;
+        }
+        expect(begin).toBe(N);
+      }
     }
+    expect(memory.mark).toBe(0);
   });
 
   test("finite numbers stay finite, and zero stays zero", () => {
@@ -218,10 +238,14 @@ describe("guarded numerics", () => {
   });
 });
 
-describe("pieces", () => {
+const drain = async (tiles: AsyncIterable<unknown>) => {
+  for await (const _ of tiles);
+};
+
+describe("tiles", () => {
   const tall = withScale(FORMATS.float8_e4m3, { block: ["all", "all"] });
 
-  test("a tile is all that is held beside the output", async () => {
+  test("a tile is all that is held", async () => {
     const rows = 4096;
     let largest = 0;
     let read = 0;
@@ -235,10 +259,14 @@ describe("pieces", () => {
       },
     };
     const limit = 64 * 1024;
-    const tensor = await quantizeRows(big, tall, { tileBytes: limit });
+    const memory = new Staging();
+    for await (const tile of quantizeRows(big, tall, { tileBytes: limit, memory })) {
+      expect(scaleValues(tile, 0)[0]).toBe(roundTo("bf16", 0.25 / 448));
+      // The codes of a tile are a quarter of its numbers.
+      expect(memory.bytes).toBeLessThanOrEqual(limit / 2);
+    }
     expect(largest * 512 * 4).toBeLessThanOrEqual(limit);
     expect(read).toBe(2 * rows);
-    expect(scaleValues(tensor, 0)[0]).toBe(roundTo("bf16", 0.25 / 448));
   });
 
   test("tiles are whole blocks, and one row of blocks at least", async () => {
@@ -249,16 +277,18 @@ describe("pieces", () => {
       begins.push(begin);
       return read(begin, end);
     };
-    await quantizeRows({ shape, dtype, read: spy }, block, { tileBytes: 1 });
+    await drain(quantizeRows({ shape, dtype, read: spy }, block, { tileBytes: 1 }));
     expect(begins).toEqual([0, 16]);
   });
 
   test("progress is told and an abort is heard", async () => {
     const seen: string[] = [];
-    await quantizeRows(source(ordinary), tall, {
-      tileBytes: 12 * K * 4,
-      onProgress: (rows, total, pass) => void seen.push(`${pass}:${rows}/${total}`),
-    });
+    await drain(
+      quantizeRows(source(ordinary), tall, {
+        tileBytes: 12 * K * 4,
+        onProgress: (rows, total, pass) => void seen.push(`${pass}:${rows}/${total}`),
+      }),
+    );
     expect(seen).toEqual(["0:12/24", "0:24/24", "1:12/24", "1:24/24"]);
     const controller = new AbortController();
     const started = quantizeRows(source(ordinary), tall, {
@@ -266,7 +296,7 @@ describe("pieces", () => {
       signal: controller.signal,
       onProgress: () => controller.abort(),
     });
-    await expect(started).rejects.toMatchObject({ code: "operation/aborted" });
+    await expect(drain(started)).rejects.toMatchObject({ code: "operation/aborted" });
   });
 });
 

@@ -18,6 +18,7 @@ import { listQuantizeNames, parseQuantizeName } from "../../src/quantize/names.j
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { open } from "../../src/runtime/device.js";
 import { failure } from "../setup/safetensors.js";
+import { loadEveryWay } from "../support/stored.js";
 import { TINY_CONFIG, tinyModel } from "../support/tiny-model.js";
 
 /** Sizes that blocks of 256 and of [128, 128] and rows of 64 divide. */
@@ -81,7 +82,7 @@ describe("a saved model holds the codes and scales that quantizing gives", () =>
         });
         const matrix = store.stored?.get(name);
         if (matrix === undefined) throw new Error(`${name} is not stored`);
-        const back = await loadStored(matrix, { tileBytes: 1000 });
+        const back = await loadEveryWay(matrix);
         const { activation } = matrix;
         expect(activation && formatKey(activation)).toEqual(config?.activation ? formatKey(config.activation) : null);
         // torchao's int4 class always has zero points; a symmetric weight comes back with zeros.

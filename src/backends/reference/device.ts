@@ -4,7 +4,7 @@ import { sizeOf } from "../../core/shape.js";
 import { formatKey } from "../../formats/format.js";
 import { evaluateNode, type Symbols } from "../../ir/evaluate.js";
 import { concreteShape, type Graph, type TensorType, type Value, type ValueId } from "../../ir/graph.js";
-import { copyTensor, type DenseTensor, type HostTensor, hostBytes, isDense, zeros } from "../../ir/tensor.js";
+import { copyTensor, type DenseTensor, type HostTensor, hostBytes, isDense, joinRows, zeros } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
 import type { KernelRow } from "../../plan/select.js";
 import type { StepKind } from "../../plan/step.js";
@@ -110,7 +110,8 @@ class ReferenceExecutable implements Executable {
       for (const value of plan.graph.values) {
         throwIfAborted(options?.signal, "loading weights");
         if (value.role === "value") continue;
-        const tensor = value.role === "weight" ? await weights(value.name) : zeros(value.type, plan.graph.symbols);
+        const tensor =
+          value.role === "weight" ? await joinRows(await weights(value.name)) : zeros(value.type, plan.graph.symbols);
         scope.assertLive();
         checkType(tensor, value.type, value.name, plan.graph.symbols);
         executable.#values.set(value.id, tensor);

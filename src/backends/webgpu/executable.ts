@@ -22,6 +22,9 @@ interface Ready {
   readonly workgroups: Dispatch["workgroups"];
 }
 
+/** Bytes of weights that may wait, in the implementation's own memory, for the device to take them. */
+const PENDING_WRITES = 32 * 2 ** 20;
+
 /** A plan on a WebGPU device: prebuilt pipelines and bind groups, replayed in one compute pass a run. */
 export class WebGpuExecutable implements Executable {
   readonly graph: Graph;
@@ -71,9 +74,19 @@ export class WebGpuExecutable implements Executable {
         executable.#buffers.add({ kind: "scratch" }, "scratch", executable.#scratchBytes);
       const sources = dispatches.flat(2).flatMap(({ bindings }) => bindings.map(({ source }) => source));
       const { maxBinding } = device.capabilities;
-      await loadWeights(plan, maxBinding, sources, weights, options, ({ source, label, bytes, parts }) => {
+      const { queue } = device.gpu;
+      let pending = 0;
+      await loadWeights(plan, maxBinding, sources, weights, options, async ({ source, label, bytes, parts }) => {
         const buffer = executable.#buffers.obtain(source, label, bytes);
-        for (const [at, data] of parts) device.gpu.queue.writeBuffer(buffer, at, data as Uint8Array<ArrayBuffer>);
+        for (const [at, data] of parts) {
+          queue.writeBuffer(buffer, at, data as Uint8Array<ArrayBuffer>);
+          pending += data.byteLength;
+        }
+        if (pending < PENDING_WRITES) return;
+        pending = 0;
+        // Some implementations hold what is written until something is submitted.
+        queue.submit([]);
+        await queue.onSubmittedWorkDone();
       });
       for (const steps of dispatches) executable.#buckets.push(await executable.#prepare(steps));
       const error = await device.gpu.popErrorScope();
