@@ -12,6 +12,7 @@
   TABLE(GeneralLinear)     \
   TABLE(GeneralSdpa)       \
   TABLE(LinearSkinny)      \
+  TABLE(LinearMixed)       \
   TABLE(LinearGemm)        \
   TABLE(LinearBlockscaled) \
   TABLE(SdpaDecode)        \

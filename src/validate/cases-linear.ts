@@ -123,6 +123,9 @@ export function linearRows(formats: readonly Format[]): Row[] {
       activation: byRow(float8_e4m3),
     },
   );
+  // Some tens of rows, along a K that blocks share between them and walk over in several turns.
+  for (const format of [withScale(int4_tinygemm, { block: [1, 64] }), byRow(int8), FORMATS.nvfp4])
+    add("long", format, { n: 40, k: 8192 }, { activation: bf16, runs: [{ T: 16 }, { T: 32 }, { T: 100 }] });
   const shape = { n: 37, k: 96 };
   for (const [i, base] of [
     bf16,

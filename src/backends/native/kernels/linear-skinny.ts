@@ -1,9 +1,17 @@
-import { codecBits, codecName, type Format } from "../../../formats/format.js";
+import { codecBits } from "../../../formats/format.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { linearStep } from "../../linear-step.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
-import { formatsOf, isInteger, isSeparable, LinearArguments, scaleRun, stepObstacle } from "./linear-arguments.js";
+import {
+  folds,
+  formatsOf,
+  isInteger,
+  isSeparable,
+  LinearArguments,
+  scaleRun,
+  stepObstacle,
+} from "./linear-arguments.js";
 
 const SKINNY: Entry = { name: "linear/skinny", abi: 2 };
 
@@ -18,10 +26,6 @@ const MOST_COLUMNS = 32;
 
 /** Segments of one chunk, as `Chunk` in skinny-params.cuh. */
 const chunkSegments = (bits: number): number => (bits === 16 ? 2 : bits <= 4 ? 8 : 4);
-
-/** Blocks of 16 elements whose scales are exact in bf16 together with the codes, which they multiply. */
-const folds = ({ element, scales }: Format): boolean =>
-  codecName(element) === "e2m1" && scales[0]?.block.join() === "1,16" && codecName(scales[0].codec) === "e4m3";
 
 const described: Requirement = {
   unmet: (bound) => {

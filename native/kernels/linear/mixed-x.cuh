@@ -1,0 +1,97 @@
+// x as the columns of bf16 that the mixed kernels multiply, prepared once for all blocks.
+#pragma once
+#include "mixed-params.cuh"
+#include "skinny-x.cuh"
+
+namespace fewbit::linear {
+
+/** A pass's columns of x lie in N rows of 64 elements, each in 128 bytes swizzled as the matrix unit reads them. */
+struct ColumnPlace {
+  uint8_t* at;
+  int swizzle;
+  /** `octet` counts along a stage's K: its four pairs are the ones that lane octet % 4 of a quad of the left operand decodes. */
+  __device__ __forceinline__ ColumnPlace(uint8_t* stage, int n, int column, int octet)
+      : at(stage + (octet / 8 * n + column) * 128 + octet % 4 * 4), swizzle(column % 8 ^ octet / 4 % 2 * 4) {}
+  __device__ __forceinline__ void store(const uint4& pairs) const {
+    const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) *reinterpret_cast<uint32_t*>(at + (i ^ swizzle) * 16) = words[i];
+  }
+};
+
+/** Eight elements of a row of x to the place of each of their parts; returns their sum. */
+template <class Order, int Width>
+__device__ __forceinline__ float storeOctet(const MixedParams& p, const Octet<Order, Width>& octet, uint8_t* stage, int n, int m,
+                                            int at, bool stores) {
+  uint4 pairs[3];
+  const float sum = octet.store(p.x.table, reinterpret_cast<uint8_t*>(pairs), 16, true);
+#pragma unroll
+  for (int part = 0; part < Octet<Order, Width>::parts; part++)
+    if (stores && part < p.parts3) ColumnPlace(stage, n, part * p.columnsOfX + m, at).store(pairs[part]);
+  return sum;
+}
+
+/** One thread for eight elements of a row of x; grid (octets of K, rows of x). `n` columns a pass. */
+template <class Order>
+__global__ void __launch_bounds__(256) prepareColumns(const __grid_constant__ MixedParams p, int n) {
+  awaitPredecessor();
+  const int row = blockIdx.y;
+  if (row >= p.x.rows.at(p.symbols)) return;
+  const int octet = blockIdx.x * 256 + threadIdx.x, k = octet * 8;
+  if (octet == 0) p.factors[row] = p.separable ? p.x.scaleAt(row, 0) : 1.0f;
+  const int stages = mixedStages(p.k), stage = k / kMixedK;
+  const int pass = row / p.columnsOfX, m = row % p.columnsOfX;
+  const bool stores = stage < stages;
+  uint8_t* to = p.columns + (int64_t(pass) * stages + stage) * n * kMixedK * 2;
+  const uint8_t* from = p.x.at + row * p.x.stride;
+  const int at = octet % (kMixedK / 8);
+  const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
+  const bool exact = aligned && p.separable && p.x.zero.codec == ScaleCodec::none;
+  float sum;
+  if (exact && p.x.bits == 16 && !p.x.half) {
+    Octet<Order, 16> values;
+    values.clear();
+    if (k < p.k) values.load(from + int64_t(k) * 2);
+    sum = storeOctet(p, values, to, n, m, at, stores);
+  } else if (exact && p.x.bits == 8) {
+    Octet<Order, 8> values;
+    values.clear();
+    if (k < p.k) values.load(from + k);
+    sum = storeOctet(p, values, to, n, m, at, stores);
+  } else {
+    Octet<Order, 32> values;
+    values.clear();
+    if (aligned && p.x.bits == 0) {
+      if (k < p.k) values.load(from + int64_t(k) * 4);
+    } else {
+      uint32_t bits[8];
+#pragma unroll 1
+      for (int i = 0; i < 8; i++) {
+        float value = 0.0f;
+        if (k + i < p.k) {
+          value = p.x.code(row, k + i);
+          if (!p.separable && p.x.bits != 0) value *= p.x.scaleAt(row, k + i);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) bits[j] = j == i ? __float_as_uint(value) : bits[j];
+      }
+      values.raw[0] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+      values.raw[1] = make_uint4(bits[4], bits[5], bits[6], bits[7]);
+    }
+    sum = storeOctet(p, values, to, n, m, at, stores);
+  }
+  if (p.floatZero) {
+    const int octets = 4 * p.unit;  // of a promotion, side by side in a warp
+    for (int apart = octets / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+    if (stores && at % octets == 0) {
+      float* sums = p.sums + ((int64_t(pass) * stages + stage) * promotionsOf(p) + at / octets) * n + m;
+      sums[0] = sum;
+      for (int part = 1; part < p.parts3; part++) sums[part * p.columnsOfX] = 0.0f;  // zero points multiply x once
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");  // the unit for copies reads what was stored here
+#endif
+}
+
+}  // namespace fewbit::linear

@@ -1,0 +1,127 @@
+import { codecName, type Format } from "../../../formats/format.js";
+import type { Requirement } from "../../../plan/select.js";
+import type { BoundStep } from "../../../plan/step.js";
+import { linearStep } from "../../linear-step.js";
+import { TRIALS } from "../capabilities.js";
+import { type Entry, type NativeKernel, scratch } from "../kernel.js";
+import {
+  folds,
+  formatsOf,
+  isInteger,
+  isSeparable,
+  LinearArguments,
+  scaleRun,
+  stepObstacle,
+} from "./linear-arguments.js";
+import { needsFeature } from "./sdpa-step.js";
+
+const MIXED: Entry = { name: "linear/mixed", abi: 1 };
+
+/** In the order of `Promote` in skinny-params.cuh. */
+const PROMOTE = ["end", "scaled", "integer"] as const;
+/** Elements of a segment, the unit of the walk along K, and segments of a stage, as in mixed-params.cuh. */
+const SEGMENT = 32;
+const SEGMENTS = 4;
+/** Columns of x, as bf16 numbers, of one pass over the weights; fewer are padded. */
+const MOST_COLUMNS = 128;
+/** The widths that kernels for every format have. */
+const WIDTHS = [32, MOST_COLUMNS] as const;
+/** Fewer rows of x are columns of one narrower product; from more on, dense products amortize their copy of the weights. */
+const LEAST_ROWS = 9;
+const MOST_ROWS = 128;
+
+const described: Requirement = {
+  unmet: (bound) => {
+    const obstacle = stepObstacle(bound);
+    if (obstacle !== null) return obstacle;
+    const { weight, x, k } = formatsOf(bound);
+    if (x !== null && isInteger(x) && isInteger(weight) && !isSeparable(x, k))
+      return "scales of integer activations change along K: their exact sums end inside a segment";
+    const run = scaleRun(weight, k);
+    if (run >= k || folds(weight)) return null;
+    const segments = run / SEGMENT;
+    const divides = Number.isInteger(segments) && (SEGMENTS % segments === 0 || segments % SEGMENTS === 0);
+    return divides ? null : `its scale changes every ${run} elements, which stages of ${SEGMENTS * SEGMENT} do not fit`;
+  },
+};
+
+const someRows: Requirement = {
+  unmet: ({ outputRows: rows }) =>
+    rows >= LEAST_ROWS && rows <= MOST_ROWS ? null : `x must have ${LEAST_ROWS} to ${MOST_ROWS} rows: it has ${rows}`,
+};
+
+const unscaledBf16 = (format: Format) => format.scales.length === 0 && codecName(format.element) === "bf16";
+
+/** Where the matrix units multiply both operands as they lie, nothing is gained by decoding one. */
+const decodes: Requirement = {
+  unmet: (bound, { features }) => {
+    const { weight, x, k } = formatsOf(bound);
+    if (x === null || k % 16 !== 0 || !features.has("cublaslt")) return null;
+    const [first, second] = [codecName(x.element), codecName(weight.element)];
+    const constant = isSeparable(x, k) && scaleRun(weight, k) >= k;
+    const asStored =
+      (unscaledBf16(x) && unscaledBf16(weight)) ||
+      (constant &&
+        first === "int8" &&
+        second === "int8" &&
+        x.zero.domain === "none" &&
+        weight.zero.domain === "none") ||
+      (constant && first === "e4m3" && second === "e4m3" && linearStep(bound).fastAccum);
+    return asStored ? "the matrix units multiply both operands as they are stored" : null;
+  },
+};
+
+/** How scales are applied: where partial sums are promoted, and after how many segments. */
+function promotion(bound: BoundStep) {
+  const { weight, x, k } = formatsOf(bound);
+  const run = scaleRun(weight, k);
+  const fold = folds(weight);
+  const scaled = weight.zero.domain === "float" || (run < k && !fold);
+  const integer = x !== null && isInteger(x) && isInteger(weight);
+  const promote: (typeof PROMOTE)[number] = scaled ? "scaled" : integer ? "integer" : "end";
+  const unit = scaled && run < k ? Math.min(SEGMENTS, run / SEGMENT) : SEGMENTS;
+  const separable = x !== null && isSeparable(x, k);
+  return { promote, unit, fold, separable, parts: separable ? 1 : 3 };
+}
+
+/** x as columns of bf16, a pass after the other, with float zero points its sums over what is promoted together, and a factor a row. */
+function scratchBytes(bound: BoundStep): number {
+  const { weight, k } = formatsOf(bound);
+  const { unit, parts } = promotion(bound);
+  const rows = bound.outputRows;
+  const passes = Math.ceil(rows / Math.floor(MOST_COLUMNS / parts));
+  const width = (passes === 1 ? WIDTHS.find((columns) => columns >= rows * parts) : undefined) ?? MOST_COLUMNS;
+  const stages = Math.ceil(k / (SEGMENTS * SEGMENT));
+  const sums = weight.zero.domain === "float" ? (SEGMENTS / unit) * 4 : 0;
+  return passes * stages * width * (SEGMENTS * SEGMENT * 2 + sums) + 4 * rows;
+}
+
+/** Weights as they are stored by tens of rows of x, on Hopper's matrix units, in one pass over the weights. */
+export const MIXED_KERNELS: readonly NativeKernel[] = [
+  {
+    id: "cuda/linear/mixed",
+    kind: "linear",
+    entries: [MIXED],
+    requires: [
+      needsFeature("sm_90", "it is written for the matrix units of compute capability 9.0"),
+      needsFeature(TRIALS.mixed, "it is on trial: it failed a case on an H100 (int4, K 14336), and was not run since"),
+      described,
+      someRows,
+      decodes,
+    ],
+    fusions: ["gate*up+quantize", "linear+activation+quantize"],
+    rowTile: 16,
+    efficiency: { bandwidth: 0.45, compute: 0.22 },
+    scratch: scratchBytes,
+    build: (context) => {
+      const { promote, unit, fold, separable, parts } = promotion(context.bound);
+      const { bindings, args } = new LinearArguments()
+        .weightGroup(context)
+        .activations(context)
+        .epilogue(context)
+        .int(PROMOTE.indexOf(promote), unit, fold, separable, parts)
+        .buffer(scratch);
+      return [{ label: context.bound.describe(), entry: MIXED, bindings, args }];
+    },
+  },
+];
