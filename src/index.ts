@@ -23,7 +23,13 @@ export type { BinaryFn, OpAttrs, OpName, UnaryFn } from "./ir/ops.js";
 export type { LogitSettings, SampleSettings } from "./ir/sample.js";
 export type { DenseTensor, HostTensor, TensorRows } from "./ir/tensor.js";
 export { type AttentionMode, applyLowPrecisionAttention } from "./models/attention.js";
-export { type AutoquantOptions, type AutoquantPlan, autoquant, parseAutoquantPlan } from "./models/autoquant.js";
+export {
+  AUTOQUANT_CANDIDATES,
+  type AutoquantOptions,
+  type AutoquantPlan,
+  autoquant,
+  parseAutoquantPlan,
+} from "./models/autoquant.js";
 export {
   CALIBRATION_ALGORITHMS,
   type CalibrateOptions,

@@ -1,14 +1,19 @@
 import { readFile, writeFile } from "node:fs/promises";
 import { Command, Option } from "commander";
 import { FewbitError } from "../core/errors.js";
-import { type AutoquantPlan, autoquant, type Objective, parseAutoquantPlan } from "../models/autoquant.js";
+import {
+  AUTOQUANT_CANDIDATES,
+  type AutoquantPlan,
+  autoquant,
+  type Objective,
+  parseAutoquantPlan,
+} from "../models/autoquant.js";
 import type { LoadModelOptions } from "../models/load.js";
+import { ACCURACY_NAMES } from "../quantize/names.js";
 import { readText } from "./eval.js";
 import { backendOption, decimal, examples, integer, openDevice, quantizeName } from "./options.js";
 import { bundledCalibrationText, bundledModel } from "./package.js";
 import { type Cli, printJson, progressLine, showBytes, showSeconds, table } from "./terminal.js";
-
-const CANDIDATES = ["int8wo", "int8dq", "int4wo-64", "float8wo", "intx6wo-64"];
 
 interface AutoquantOptions {
   readonly out: string;
@@ -25,14 +30,17 @@ export function autoquantCommand(cli: Cli): Command {
   return new Command("autoquant")
     .summary("choose a format for every linear layer, and save the plan")
     .description(
-      "Times every shape of the model's linear layers on the device with each candidate, measures what each does to the outputs of each layer, and writes the cheapest mixture whose loss on a text stays within the limit. The plan is a name for --quantize.",
+      "Times every shape of the model's linear layers on the device with each candidate, measures what each does to the outputs of each layer, and writes the fastest (or smallest) mixture whose loss on a text stays within the limit and that no candidate alone of that size or below beats. The plan is a name for --quantize.",
     )
     .argument("[MODEL]", "a model folder (default: the bundled fewbit-tiny)")
     .requiredOption("-o, --out <file>", "the plan to write, .json")
     .addOption(
-      new Option("--candidates <names>", "names to choose from, with commas; none is always one")
-        .default(CANDIDATES, CANDIDATES.join(","))
-        .argParser((text) => text.split(",").map((name) => quantizeName(name.trim()))),
+      new Option(
+        "--candidates <names>",
+        "names to choose from, with commas, or all: the accuracy table; none is always one",
+      )
+        .default(AUTOQUANT_CANDIDATES, AUTOQUANT_CANDIDATES.join(","))
+        .argParser(candidateNames),
     )
     .addOption(new Option("--objective <what>", "what is made small").choices(["speed", "size"]).default("speed"))
     .option(
@@ -43,7 +51,7 @@ export function autoquantCommand(cli: Cli): Command {
     )
     .option("--text <file>", "the text, UTF-8 (default: one that the bundled model wrote)")
     .option("--context <n>", "tokens of a window", integer("--context", 2), 512)
-    .option("--windows <n>", "windows of the text that losses are measured on", integer("--windows", 1), 4)
+    .option("--windows <n>", "windows of the text that losses are measured on", integer("--windows", 1), 8)
     .addOption(backendOption())
     .option("--json", "the plan on stdout as well")
     .addHelpText(
@@ -54,6 +62,10 @@ export function autoquantCommand(cli: Cli): Command {
       ),
     )
     .action((folder: string | undefined, options: AutoquantOptions) => run(cli, folder ?? bundledModel(), options));
+}
+
+function candidateNames(text: string): readonly string[] {
+  return text === "all" ? ACCURACY_NAMES : text.split(",").map((name) => quantizeName(name.trim()));
 }
 
 async function run(cli: Cli, path: string, options: AutoquantOptions): Promise<void> {

@@ -1,14 +1,22 @@
-import { FewbitError, throwIfAborted } from "../core/errors.js";
-import { products } from "../core/matmul.js";
-import { dequantize, tensorBytes } from "../formats/tensor.js";
+import { FewbitError } from "../core/errors.js";
 import type { QuantizeConfig } from "../quantize/configs.js";
 import { parseQuantizeName } from "../quantize/names.js";
-import { quantizeTensor } from "../quantize/quantize.js";
 import type { Device } from "../runtime/device.js";
+import { measureLinears } from "./autoquant-choices.js";
+import { weighErrors } from "./autoquant-influence.js";
+import {
+  type Candidate,
+  type Choice,
+  type Cost,
+  candidate,
+  type Mixture,
+  type Objective,
+  search,
+} from "./autoquant-search.js";
 import { evaluatePerplexity } from "./evaluate.js";
-import type { ModelFolder } from "./load.js";
-import { observeLinears } from "./pieces.js";
-import { timeLinear } from "./time-linear.js";
+import { type ModelFolder, openDecoder } from "./load.js";
+
+export type { Cost, Objective } from "./autoquant-search.js";
 
 /** Which name of `--quantize` each linear takes, as it is saved. */
 export interface AutoquantPlan {
@@ -28,210 +36,118 @@ export interface AutoquantPlan {
   readonly layers: Readonly<Record<string, string>>;
 }
 
-/** What is made small: the time of one token, or the bytes of the weights. */
-export type Objective = "speed" | "size";
-
-/** Of the linears of a model: seconds for one token, bytes of their weights. */
-export interface Cost {
-  readonly seconds: number;
-  readonly bytes: number;
-}
+/**
+ * What is chosen among unless said otherwise: every width from 8 to 3 bits, integers and floats, and at 4 bits, where they differ
+ * most, each way to place a grid and each size of its groups. Roundings of activations other than that of `int8dq` make a single token
+ * no faster.
+ */
+export const AUTOQUANT_CANDIDATES: readonly string[] = [
+  ...["int8wo", "float8wo", "int8dq", "intx7wo-64", "intx6wo-64", "fpx-e2m3wo", "intx5wo-64", "int4wo-64"],
+  ...["int4wo-32-hqq", "int4wo-64-hqq", "int4wo-128-hqq", "int4wo-256-hqq", "intx4wo-64-hqq"],
+  ...["nvfp4wo", "mxfp4wo", "nf4-64", "codebook-4-64", "codebook-3-64", "intx3wo-64"],
+];
 
 export interface AutoquantOptions {
   readonly device: Device;
-  /** Names to choose from; `none` is always among them. */
-  readonly candidates: readonly string[];
+  /** Names to choose from (default `AUTOQUANT_CANDIDATES`); `none` is always among them. */
+  readonly candidates?: readonly string[];
+  /** What is made small within the limit (default `speed`). */
   readonly objective?: Objective;
   /** Nats a token that the loss may rise by (default 0.01, about 1 % of the perplexity). */
   readonly limit?: number;
   /** Tokens of a window (default 512). */
   readonly context?: number;
-  /** Windows of the text that losses are measured on (default 4). */
+  /** Windows of the text that losses are measured on (default 8). */
   readonly windows?: number;
   readonly signal?: AbortSignal;
   readonly onProgress?: (what: string) => void;
 }
 
-/** Rows of each input on which the error of a quantized linear is measured. */
-const SAMPLE = 256;
-
-/** One way to do one linear. */
-interface Choice extends Cost {
-  readonly name: string;
-  /** Squared error of the outputs as a share of their energy. */
-  readonly error: number;
-}
-
 /**
  * Chooses a config for every linear: times each shape with each candidate on the device, measures what each does to each layer's
- * outputs, and takes the cheapest mixture whose loss on the text, measured with the whole model, stays within the limit. The result is
- * never worse than a single candidate that costs no more: then it is that candidate. Candidates that a layer cannot take are left
- * out for it. Throws as `loadModel`, `argument/invalid`, `argument/unknown-name`, `operation/aborted`.
+ * outputs, and takes the fastest (or smallest) mixture that it finds whose loss on the text, measured with the whole model, is within
+ * the limit and not above that of any candidate alone that takes no more bytes. Candidates alone are where the search starts, so that
+ * there always is such a mixture. Candidates that a layer cannot take are left out for it. Throws as `loadModel`, `argument/invalid`,
+ * `argument/unknown-name`, `operation/aborted`.
  */
 export async function autoquant(
   folder: ModelFolder,
   text: string | readonly number[],
   options: AutoquantOptions,
 ): Promise<AutoquantPlan> {
-  const { device, objective = "speed", limit = 0.01, context = 512, windows = 4, signal, onProgress } = options;
-  if (!(limit >= 0)) throw new FewbitError("argument/invalid", { name: "limit", value: limit, expected: "at least 0" });
-  const names = [...new Set(["none", ...options.candidates])];
-  const configs = new Map(names.map((name) => [name, parseQuantizeName(name)]));
-  const layers = await chooseAmong(folder, text, configs, options);
-  const costOf = (choice: Cost) => (objective === "speed" ? choice.seconds : choice.bytes);
-  const evaluate = async (choices: ReadonlyMap<string, Choice>): Promise<number> => {
-    const quantize = new Map([...choices].map(([layer, { name }]) => [layer, configs.get(name) ?? null]));
-    const { nll, tokens } = await evaluatePerplexity(folder, text, {
-      device,
-      quantize,
-      context,
-      limit: windows,
-      ...(signal && { signal }),
-    });
-    return nll / tokens;
-  };
-  const singles: Candidate[] = [];
-  for (const name of names) {
-    onProgress?.(`measuring the loss with ${name} alone`);
-    const choices = new Map(
-      [...layers].flatMap(([layer, each]) => {
-        const choice = each.find((other) => other.name === name);
-        return choice === undefined ? [] : [[layer, choice] as const];
-      }),
-    );
-    if (choices.size === layers.size) singles.push({ name, choices, loss: await evaluate(choices), ...total(choices) });
-  }
-  const unquantized = (singles[0] as Candidate).loss;
-  const allowed = ({ loss }: Candidate) => loss <= unquantized + limit;
-  const tried = [...singles];
-  // From the cheapest mixture to the most accurate one; the search halves the range until two neighbours differ.
-  const path = mixtures(layers, costOf);
-  let [low, high] = [0, path.length - 1];
-  while (low <= high) {
-    throwIfAborted(signal, "autoquant");
-    const middle = (low + high) >> 1;
-    const choices = path[middle] as ReadonlyMap<string, Choice>;
-    onProgress?.(`measuring the loss of mixture ${middle + 1} of ${path.length}`);
-    const candidate = { name: null, choices, loss: await evaluate(choices), ...total(choices) };
-    tried.push(candidate);
-    if (allowed(candidate)) high = middle - 1;
-    else low = middle + 1;
-  }
-  // Unquantized is always allowed. Of equally cheap ones the more accurate.
-  let best = tried.filter(allowed).reduce((a, b) => {
-    const [x, y] = [costOf(a), costOf(b)];
-    return y < x || (y === x && b.loss < a.loss) ? b : a;
-  });
-  for (const single of singles) if (costOf(single) <= costOf(best) && single.loss < best.loss) best = single;
-  return {
-    kind: "fewbit-autoquant",
-    version: 1,
-    device: device.info.name,
-    objective,
-    limit,
-    loss: { unquantized, plan: best.loss },
-    cost: { seconds: best.seconds, bytes: best.bytes },
-    singles: Object.fromEntries(
-      singles.map(({ name, loss, seconds, bytes }) => [name as string, { loss, seconds, bytes }]),
-    ),
-    layers: Object.fromEntries([...best.choices].map(([layer, { name }]) => [layer, name])),
-  };
+  const { objective = "speed", limit = 0.01 } = options;
+  checkLimit(limit);
+  return (await autoquantPlanner(folder, text, options))(objective, limit);
 }
 
-/** A config for every linear with what it costs and loses. */
-interface Candidate extends Cost {
-  /** Null for a mixture. */
-  readonly name: string | null;
-  readonly choices: ReadonlyMap<string, Choice>;
-  readonly loss: number;
-}
-
-function total(choices: ReadonlyMap<string, Choice>): Cost {
-  let [seconds, bytes] = [0, 0];
-  for (const choice of choices.values()) {
-    seconds += choice.seconds;
-    bytes += choice.bytes;
-  }
-  return { seconds, bytes };
-}
-
-/** The choices of every linear, measured. */
-async function chooseAmong(
+/** `autoquant` for several limits: measures linears and candidates alone once, and gives what makes plans of that. */
+export async function autoquantPlanner(
   folder: ModelFolder,
   text: string | readonly number[],
-  configs: ReadonlyMap<string, QuantizeConfig | null>,
-  { device, context = 512, signal, onProgress }: AutoquantOptions,
-): Promise<Map<string, Choice[]>> {
-  const layers = new Map<string, Choice[]>();
-  const times = new Map<string, number>();
-  const inputs = observeLinears(folder, text, { device, context, windows: 1, ...(signal && { signal }) });
-  for await (const { parameter, data, shape, dtype, plain, input } of inputs) {
-    const layer = parameter.replace(/\.weight$/, "");
-    onProgress?.(`measuring ${layer}`);
-    const x = Float64Array.from(input.subarray(0, SAMPLE * shape[1]));
-    const wanted = products(x, Float64Array.from(data), [x.length / shape[1], ...shape]);
-    const choices: Choice[] = [];
-    for (const [name, config] of configs) {
-      throwIfAborted(signal, "autoquant");
-      const weight = config === null ? plain : config.weight({ shape, dtype });
-      if ("refused" in weight) continue;
-      const activation = config?.activation ?? null;
-      const numerics = { numerics: config?.numerics ?? "guarded" } as const;
-      const tensor = quantizeTensor(data, shape, dtype, weight, numerics);
-      const rounded =
-        activation === null
-          ? x
-          : dequantize(quantizeTensor(Float32Array.from(x), [x.length / shape[1], shape[1]], "f32", activation));
-      const got = products(rounded, dequantize(tensor), [x.length / shape[1], ...shape]);
-      const key = `${shape} ${name}`;
-      const seconds = times.get(key) ?? (await timeLinear(device, tensor, activation));
-      times.set(key, seconds);
-      choices.push({ name, seconds, bytes: tensorBytes(tensor), error: relativeError(got, wanted) });
-    }
-    layers.set(layer, choices);
+  options: Omit<AutoquantOptions, "objective" | "limit">,
+): Promise<(objective: Objective, limit: number) => Promise<AutoquantPlan>> {
+  const { device, candidates = AUTOQUANT_CANDIDATES, context = 512, windows = 8, signal, onProgress } = options;
+  const abort = signal === undefined ? {} : { signal };
+  const report = onProgress === undefined ? {} : { onProgress };
+  const configs = new Map(["none", ...candidates].map((name) => [name, parseQuantizeName(name)]));
+  const ids = typeof text === "string" ? await encode(folder, text, signal) : text;
+  const settings = { device, context, ...abort, ...report };
+  const measured = await measureLinears(folder, ids, configs, settings);
+  const load = (mixture: Mixture) => ({
+    quantize: new Map([...mixture].map(([layer, { name }]) => [layer, configs.get(name) as QuantizeConfig | null])),
+    replace: measured.replacement(mixture),
+  });
+  const layers = await weighErrors(folder, ids, measured.layers, { ...settings, load });
+  const loss = async (mixture: Mixture, what: string): Promise<number> => {
+    onProgress?.(`measuring the loss: ${what}`);
+    const options = { device, context, ...load(mixture), limit: windows, ...abort };
+    const { nll, tokens } = await evaluatePerplexity(folder, ids, options);
+    return nll / tokens;
+  };
+  const singles = new Map<string, Candidate>();
+  for (const name of configs.keys()) {
+    const mixture = alone(name, layers);
+    if (mixture !== null) singles.set(name, await candidate(mixture, loss, `${name} alone`));
   }
-  return layers;
+  const unquantized = (singles.get("none") as Candidate).loss;
+  return async (objective, limit) => {
+    checkLimit(limit);
+    const goal = { objective, unquantized, limit, singles: [...singles.values()] };
+    const best = await search(layers, { ...goal, loss, ...abort });
+    return {
+      kind: "fewbit-autoquant",
+      version: 1,
+      device: device.info.name,
+      objective,
+      limit,
+      loss: { unquantized, plan: best.loss },
+      cost: { seconds: best.seconds, bytes: best.bytes },
+      singles: Object.fromEntries(
+        [...singles].map(([name, { loss, seconds, bytes }]) => [name, { loss, seconds, bytes }]),
+      ),
+      layers: Object.fromEntries([...best.mixture].map(([layer, { name }]) => [layer, name])),
+    };
+  };
 }
 
-function relativeError(got: Float64Array, wanted: Float64Array): number {
-  let [error, energy] = [0, 0];
-  for (let i = 0; i < got.length; i++) {
-    error += ((got[i] as number) - (wanted[i] as number)) ** 2;
-    energy += (wanted[i] as number) ** 2;
-  }
-  return energy === 0 ? 0 : error / energy;
+function checkLimit(limit: number): void {
+  if (!(limit >= 0)) throw new FewbitError("argument/invalid", { name: "limit", value: limit, expected: "at least 0" });
 }
 
-/**
- * Mixtures from the cheapest to the most accurate: those that minimize cost + weight * error for some weight of the error. From each,
- * the next is the one exchange of a layer's choice that lowers the error most for its cost.
- */
-function mixtures(
-  layers: ReadonlyMap<string, readonly Choice[]>,
-  costOf: (choice: Choice) => number,
-): ReadonlyMap<string, Choice>[] {
-  const current = new Map<string, Choice>();
-  for (const [layer, choices] of layers) {
-    const cheapest = choices.reduce((a, b) =>
-      costOf(b) < costOf(a) || (costOf(b) === costOf(a) && b.error < a.error) ? b : a,
-    );
-    current.set(layer, cheapest);
-  }
-  const path = [new Map(current)];
-  for (;;) {
-    let best: { layer: string; choice: Choice; gain: number } | undefined;
-    for (const [layer, choices] of layers) {
-      const now = current.get(layer) as Choice;
-      for (const choice of choices) {
-        if (choice.error >= now.error) continue;
-        const gain = (now.error - choice.error) / Math.max(costOf(choice) - costOf(now), Number.MIN_VALUE);
-        if (best === undefined || gain > best.gain) best = { layer, choice, gain };
-      }
-    }
-    if (best === undefined) return path;
-    current.set(best.layer, best.choice);
-    path.push(new Map(current));
-  }
+/** One config for all layers; null where a layer cannot take it. */
+function alone(name: string, layers: ReadonlyMap<string, readonly Choice[]>): Mixture | null {
+  const mixture = new Map(
+    [...layers].flatMap(([layer, choices]) => {
+      const choice = choices.find((other) => other.name === name);
+      return choice === undefined ? [] : [[layer, choice] as const];
+    }),
+  );
+  return mixture.size === layers.size ? mixture : null;
+}
+
+async function encode(folder: ModelFolder, text: string, signal: AbortSignal | undefined): Promise<readonly number[]> {
+  await using opened = await openDecoder(folder, signal === undefined ? {} : { signal }, "last");
+  return opened.tokenizer.encode(text, { addSpecialTokens: false });
 }
 
 /** The configs of a saved plan, for `quantize` of `loadModel`. Throws `io/malformed`, `argument/unknown-name`. */
