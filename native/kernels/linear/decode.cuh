@@ -191,4 +191,26 @@ struct Bf16Codes : Natural {
   }
 };
 
+/** Calls `use` with the decoder of a kind of codes. */
+template <class Use>
+cudaError_t withCodes(CodeKind kind, Use use) {
+  switch (kind) {
+    case CodeKind::bf16: return use(Bf16Codes());
+    case CodeKind::e4m3: return use(E4m3Codes());
+    case CodeKind::e5m2: return use(E5m2Codes());
+    case CodeKind::int8: return use(IntCodes<8>());
+    case CodeKind::int4: return use(Int4Codes());
+    case CodeKind::e2m1: return use(E2m1Codes());
+    case CodeKind::int1: return use(IntCodes<1>());
+    case CodeKind::int2: return use(IntCodes<2>());
+    case CodeKind::int3: return use(IntCodes<3>());
+    case CodeKind::int5: return use(IntCodes<5>());
+    case CodeKind::int6: return use(IntCodes<6>());
+    case CodeKind::int7: return use(IntCodes<7>());
+    case CodeKind::float5: return use(FloatCodes<5>());
+    case CodeKind::float6: return use(FloatCodes<6>());
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace fewbit::linear

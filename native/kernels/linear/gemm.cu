@@ -9,37 +9,12 @@
 namespace fewbit::linear {
 namespace {
 
-template <class Codes>
-void launchCarryW(const Launch& launch, const GemmParams& p) {
-  constexpr int perBlock = kThreads / 32;
-  carryW<Codes><<<(p.parts * p.n + perBlock - 1) / perBlock, kThreads, 0, launch.stream>>>(p);
-}
-
 cudaError_t carryWeights(const Launch& launch, const GemmParams& p) {
-  switch (p.kind) {
-#define FEWBIT_CARRY(kind, codes) \
-  case CodeKind::kind:            \
-    launchCarryW<codes>(launch, p); \
-    break;
-    FEWBIT_CARRY(bf16, Bf16Codes)
-    FEWBIT_CARRY(e4m3, E4m3Codes)
-    FEWBIT_CARRY(e5m2, E5m2Codes)
-    FEWBIT_CARRY(int8, IntCodes<8>)
-    FEWBIT_CARRY(int4, Int4Codes)
-    FEWBIT_CARRY(e2m1, E2m1Codes)
-    FEWBIT_CARRY(int1, IntCodes<1>)
-    FEWBIT_CARRY(int2, IntCodes<2>)
-    FEWBIT_CARRY(int3, IntCodes<3>)
-    FEWBIT_CARRY(int5, IntCodes<5>)
-    FEWBIT_CARRY(int6, IntCodes<6>)
-    FEWBIT_CARRY(int7, IntCodes<7>)
-    FEWBIT_CARRY(float5, FloatCodes<5>)
-    FEWBIT_CARRY(float6, FloatCodes<6>)
-#undef FEWBIT_CARRY
-    default:
-      return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+  constexpr int perBlock = kThreads / 32;
+  return withCodes(p.kind, [&](auto codes) {
+    carryW<decltype(codes)><<<(p.parts * p.n + perBlock - 1) / perBlock, kThreads, 0, launch.stream>>>(p);
+    return cudaGetLastError();
+  });
 }
 
 CublasLt::Type typeOf(const GemmParams& p, bool ofX) {

@@ -26,28 +26,7 @@ cudaError_t run(const Launch& launch) {
   p.symbols = launch.deviceSymbols;
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
   if (rows == 0) return cudaSuccess;
-  switch (p.kind) {
-#define FEWBIT_LAUNCH(kind, codes) \
-  case CodeKind::kind:             \
-    return launchCodes<codes>(launch, p, rows, scratchBytes);
-    FEWBIT_LAUNCH(bf16, Bf16Codes)
-    FEWBIT_LAUNCH(e4m3, E4m3Codes)
-    FEWBIT_LAUNCH(e5m2, E5m2Codes)
-    FEWBIT_LAUNCH(int8, IntCodes<8>)
-    FEWBIT_LAUNCH(int4, Int4Codes)
-    FEWBIT_LAUNCH(e2m1, E2m1Codes)
-    FEWBIT_LAUNCH(int1, IntCodes<1>)
-    FEWBIT_LAUNCH(int2, IntCodes<2>)
-    FEWBIT_LAUNCH(int3, IntCodes<3>)
-    FEWBIT_LAUNCH(int5, IntCodes<5>)
-    FEWBIT_LAUNCH(int6, IntCodes<6>)
-    FEWBIT_LAUNCH(int7, IntCodes<7>)
-    FEWBIT_LAUNCH(float5, FloatCodes<5>)
-    FEWBIT_LAUNCH(float6, FloatCodes<6>)
-#undef FEWBIT_LAUNCH
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return withCodes(p.kind, [&](auto codes) { return launchCodes<decltype(codes)>(launch, p, rows, scratchBytes); });
 }
 
 }  // namespace

@@ -124,10 +124,6 @@ export function formatsOf(bound: BoundStep): { weight: Format; x: Format | null;
   return { weight: first.format, x: typeX.kind === "format" ? typeX.format : null, n, k };
 }
 
-/** Blocks of 16 elements whose scales are exact in bf16 together with the codes, which they multiply. */
-export const folds = ({ element, scales }: Format): boolean =>
-  codecName(element) === "e2m1" && scales[0]?.block.join() === "1,16" && codecName(scales[0].codec) === "e4m3";
-
 /** What the entries of native/kernels/linear read, in the order of `Arguments` in arguments.hpp. */
 export class LinearArguments extends Arguments {
   /** Scales or zero points of `codec` at word `offset`. */

@@ -4,23 +4,13 @@ import type { BoundStep } from "../../../plan/step.js";
 import { linearStep } from "../../linear-step.js";
 import { TRIALS } from "../capabilities.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
-import {
-  folds,
-  formatsOf,
-  isInteger,
-  isSeparable,
-  LinearArguments,
-  scaleRun,
-  stepObstacle,
-} from "./linear-arguments.js";
+import { formatsOf, isSeparable, LinearArguments, scaleRun } from "./linear-arguments.js";
+import { decodedObstacle, promotion, SEGMENT } from "./linear-decoded.js";
 import { needsFeature } from "./sdpa-step.js";
 
 const MIXED: Entry = { name: "linear/mixed", abi: 1 };
 
-/** In the order of `Promote` in skinny-params.cuh. */
-const PROMOTE = ["end", "scaled", "integer"] as const;
-/** Elements of a segment, the unit of the walk along K, and segments of a stage, as in mixed-params.cuh. */
-const SEGMENT = 32;
+/** Segments of a stage, as in mixed-params.cuh. */
 const SEGMENTS = 4;
 /** Columns of x, as bf16 numbers, of one pass over the weights; fewer are padded. */
 const MOST_COLUMNS = 128;
@@ -30,20 +20,7 @@ const WIDTHS = [32, MOST_COLUMNS] as const;
 const LEAST_ROWS = 9;
 const MOST_ROWS = 128;
 
-const described: Requirement = {
-  unmet: (bound) => {
-    const obstacle = stepObstacle(bound);
-    if (obstacle !== null) return obstacle;
-    const { weight, x, k } = formatsOf(bound);
-    if (x !== null && isInteger(x) && isInteger(weight) && !isSeparable(x, k))
-      return "scales of integer activations change along K: their exact sums end inside a segment";
-    const run = scaleRun(weight, k);
-    if (run >= k || folds(weight)) return null;
-    const segments = run / SEGMENT;
-    const divides = Number.isInteger(segments) && (SEGMENTS % segments === 0 || segments % SEGMENTS === 0);
-    return divides ? null : `its scale changes every ${run} elements, which stages of ${SEGMENTS * SEGMENT} do not fit`;
-  },
-};
+const described: Requirement = { unmet: (bound) => decodedObstacle(bound, SEGMENTS) };
 
 const someRows: Requirement = {
   unmet: ({ outputRows: rows }) =>
@@ -71,23 +48,10 @@ const decodes: Requirement = {
   },
 };
 
-/** How scales are applied: where partial sums are promoted, and after how many segments. */
-function promotion(bound: BoundStep) {
-  const { weight, x, k } = formatsOf(bound);
-  const run = scaleRun(weight, k);
-  const fold = folds(weight);
-  const scaled = weight.zero.domain === "float" || (run < k && !fold);
-  const integer = x !== null && isInteger(x) && isInteger(weight);
-  const promote: (typeof PROMOTE)[number] = scaled ? "scaled" : integer ? "integer" : "end";
-  const unit = scaled && run < k ? Math.min(SEGMENTS, run / SEGMENT) : SEGMENTS;
-  const separable = x !== null && isSeparable(x, k);
-  return { promote, unit, fold, separable, parts: separable ? 1 : 3 };
-}
-
 /** x as columns of bf16, a pass after the other, with float zero points its sums over what is promoted together, and a factor a row. */
 function scratchBytes(bound: BoundStep): number {
   const { weight, k } = formatsOf(bound);
-  const { unit, parts } = promotion(bound);
+  const { unit, parts } = promotion(bound, SEGMENTS);
   const rows = bound.outputRows;
   const passes = Math.ceil(rows / Math.floor(MOST_COLUMNS / parts));
   const width = (passes === 1 ? WIDTHS.find((columns) => columns >= rows * parts) : undefined) ?? MOST_COLUMNS;
@@ -114,12 +78,11 @@ export const MIXED_KERNELS: readonly NativeKernel[] = [
     efficiency: { bandwidth: 0.45, compute: 0.22 },
     scratch: scratchBytes,
     build: (context) => {
-      const { promote, unit, fold, separable, parts } = promotion(context.bound);
       const { bindings, args } = new LinearArguments()
         .weightGroup(context)
         .activations(context)
         .epilogue(context)
-        .int(PROMOTE.indexOf(promote), unit, fold, separable, parts)
+        .int(...promotion(context.bound, SEGMENTS).args)
         .buffer(scratch);
       return [{ label: context.bound.describe(), entry: MIXED, bindings, args }];
     },

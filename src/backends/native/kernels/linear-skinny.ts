@@ -3,22 +3,11 @@ import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { linearStep } from "../../linear-step.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
-import {
-  folds,
-  formatsOf,
-  isInteger,
-  isSeparable,
-  LinearArguments,
-  scaleRun,
-  stepObstacle,
-} from "./linear-arguments.js";
+import { formatsOf, isSeparable, LinearArguments } from "./linear-arguments.js";
+import { decodedObstacle, promotion } from "./linear-decoded.js";
 
 const SKINNY: Entry = { name: "linear/skinny", abi: 2 };
 
-/** In the order of `Promote` in skinny-params.cuh. */
-const PROMOTE = ["end", "scaled", "integer"] as const;
-/** Elements of a segment, the unit of the walk along K. */
-const SEGMENT = 32;
 /** Rows of x from which on weights are read too often. */
 const MOST_ROWS = 32;
 /** Columns of x, as bf16 numbers, that one pass over the weights takes. */
@@ -27,21 +16,9 @@ const MOST_COLUMNS = 32;
 /** Segments of one chunk, as `Chunk` in skinny-params.cuh. */
 const chunkSegments = (bits: number): number => (bits === 16 ? 2 : bits <= 4 ? 8 : 4);
 
-const described: Requirement = {
-  unmet: (bound) => {
-    const { weight, x, k } = formatsOf(bound);
-    const obstacle = stepObstacle(bound);
-    if (obstacle !== null) return obstacle;
-    if (x !== null && isInteger(x) && isInteger(weight) && !isSeparable(x, k))
-      return "scales of integer activations change along K: their exact sums end inside a segment";
-    const run = scaleRun(weight, k);
-    if (run >= k || folds(weight)) return null;
-    const segments = run / SEGMENT;
-    const chunk = chunkSegments(codecBits(weight.element));
-    const divides = Number.isInteger(segments) && (chunk % segments === 0 || segments % chunk === 0);
-    return divides ? null : `its scale changes every ${run} elements, which chunks of ${chunk * SEGMENT} do not fit`;
-  },
-};
+const chunkOf = (bound: BoundStep): number => chunkSegments(codecBits(formatsOf(bound).weight.element));
+
+const described: Requirement = { unmet: (bound) => decodedObstacle(bound, chunkOf(bound)) };
 
 const fewRows: Requirement = {
   unmet: (bound) => {
@@ -82,21 +59,12 @@ export const SKINNY_KERNELS: readonly NativeKernel[] = [
     efficiency: { bandwidth: 0.75, compute: 0.06 },
     scratch: scratchBytes,
     build: (context) => {
-      const { weight, x, k } = formatsOf(context.bound);
-      const bits = codecBits(weight.element);
-      const run = scaleRun(weight, k);
-      const fold = folds(weight);
-      const scaled = weight.zero.domain === "float" || (run < k && !fold);
-      const integer = x !== null && isInteger(x) && isInteger(weight);
-      const promote = scaled ? "scaled" : integer ? "integer" : "end";
-      const unit = Math.min(chunkSegments(bits), scaled && run < k ? run / SEGMENT : chunkSegments(bits));
-      const separable = x !== null && isSeparable(x, k);
       const needed = scratchBytes(context.bound) > 0;
       const { bindings, args } = new LinearArguments()
         .weightGroup(context)
         .activations(context)
         .epilogue(context)
-        .int(PROMOTE.indexOf(promote), unit, fold, separable, separable ? 1 : 3)
+        .int(...promotion(context.bound, chunkOf(context.bound)).args)
         .buffer(needed ? scratch : undefined);
       return [{ label: context.bound.describe(), entry: SKINNY, bindings, args }];
     },
