@@ -76,6 +76,11 @@ function otherRows(formats: readonly Format[]): Row[] {
     add("quantize", "relu", format, { k: 256 }, { options: { unary: "relu" } });
     add("quantize", "silu*mul", format, { k: 256 }, { options: { gated: "silu" } });
   }
+  // Rows that blocks of threads share.
+  const byRow = (format: Format) => withScale(format, { block: [1, "all"] });
+  for (const format of [FORMATS.bf16, byRow(FORMATS.float8_e4m3), byRow(FORMATS.int8)])
+    for (const [variant, options] of Object.entries({ wide: {}, wide_norm: { norm: true } }))
+      add("quantize", variant, format, { k: 8192 }, { options, quick: false });
   add("embedding", "scaled_k36", f32, { rows: 9, k: 36 }, { options: { scale: 16 } });
   for (const width of [256, 64, 37, 1000]) add("rmsnorm", `h${width}`, f32, { width }, { quick: width !== 64 });
   add("rmsnorm", "heads", f32, { width: 48, groups: 4 });
