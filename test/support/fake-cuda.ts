@@ -150,6 +150,12 @@ export function cudaError(kind: "error" | "memory" | "lost", operation: string, 
 export function openFakeCuda(): { readonly fake: FakeCuda; readonly device: CudaDevice } {
   const fake = new FakeCuda();
   const probe: Probe = { driver: 13000, runtime: 13000, status: "", devices: [H100] };
-  const addon = { abi: 1, entries: [], architectures: "none", probe: () => probe, Device: FakeCuda } satisfies Addon;
+  const addon = {
+    abi: 1,
+    entries: [],
+    architectures: "90a-real",
+    probe: () => probe,
+    Device: FakeCuda,
+  } satisfies Addon;
   return { fake, device: new CudaDevice(fake, addon, probe, H100, false) };
 }

@@ -255,7 +255,7 @@ class Sink {
   dispose() {}
 }
 const probe = { driver: 13000, runtime: 13000, status: "", devices: [H100] };
-const addon = { abi: 1, entries: [], architectures: "none", probe: () => probe, Device: Sink };
+const addon = { abi: 1, entries: [], architectures: "90a-real", probe: () => probe, Device: Sink };
 const load = async (folder, context) => {
   const device = new Device(new CudaDevice(new Sink(), addon, probe, H100, false));
   const { program } = await loadDecoder(folder, { device, quantize: QUANTIZE, context }, "last");

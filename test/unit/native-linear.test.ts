@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { cudaCapabilities, H100, TRIALS, trialFeatures } from "../../src/backends/native/capabilities.js";
+import { codeFor, cudaCapabilities, H100, TRIALS, trialFeatures } from "../../src/backends/native/capabilities.js";
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
 import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
@@ -182,6 +182,19 @@ describe("linear on CUDA", () => {
     expect(id({ weight: FORMATS.mxfp4, x: FORMATS.mxfp4, rows: 300, ...big }, on)).not.toBe(
       "cuda/linear/cublaslt_blocks",
     );
+  });
+
+  test("features are those of the code that a device runs, not of the device", () => {
+    const all = "80-real 89-real 90a-real 100a-real 120a-real 80-virtual";
+    const found = [80, 86, 89, 90, 100, 103, 120, 121, 75].map((capability) => codeFor(all, capability));
+    expect(found).toEqual([80, 80, 89, 90, 100, 80, 120, 80, 0]);
+    expect(["80-real", "80", "90-real", "90a", "native", "none"].map((built) => codeFor(built, 90))).toEqual([
+      0, 80, 89, 90, 89, 0,
+    ]);
+    const old = cudaCapabilities(H100, ["cublaslt"], 80);
+    expect(["sm_90", "sm>=90", "sm>=89"].filter((feature) => old.features.has(feature))).toEqual([]);
+    const made = plan({ weight: FORMATS.int8, x: FORMATS.int8, rows: 4096, n: 4096, k: 4096 }, old);
+    expect(chosen(made).kernel.id).not.toContain("wgmma");
   });
 
   test("only names of kernels on trial put a feature on trial", () => {

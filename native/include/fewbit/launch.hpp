@@ -15,7 +15,7 @@ struct Context {
   int sms = 0;
   int major = 0, minor = 0;
   size_t sharedPerBlock = 0;  // the opt-in maximum
-  bool overlaps = false;      // the code that runs on it waits for predecessors (overlap.cuh)
+  bool overlaps = false;      // the code that runs on it is of 9.0 or newer: it waits for predecessors (overlap.cuh), and blocks form clusters
   const CublasLt* blas = nullptr;
   void* workspace = nullptr;  // for cuBLASLt, on this context's stream only
   size_t workspaceBytes = 0;

@@ -43,7 +43,7 @@ inline Share shareRows(i64 rows, int width, bool whole, const Context& context, 
     const int piece = 4 * 256 * fours;
     return {256, 256, fours, piece, up(width, piece)};
   }
-  if (clusters && !many && width > 4096 && width % (4 * kCluster) == 0 && width / kCluster <= 4 * kMostThreads && context.major >= 9) {
+  if (clusters && !many && width > 4096 && width % (4 * kCluster) == 0 && width / kCluster <= 4 * kMostThreads && context.overlaps) {
     const int piece = width / kCluster, threads = up(piece, 4 * kWarp) * kWarp;
     return {threads, threads, 1, piece, kCluster, kCluster};
   }

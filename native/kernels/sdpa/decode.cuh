@@ -244,7 +244,8 @@ cudaError_t startKernel(const Launch& launch, Kernel kernel, dim3 grid, int thre
 template <class C, int Size>
 bool canStream(const Launch& launch, const Params& p) {
   if constexpr (!kStreams<C>) return false;
-  if (launch.context->major != 9 || launch.context->minor != 0 || p.page != 0 || p.ring != 0 || p.keys.symbol >= 0) return false;
+  const Context& device = *launch.context;
+  if (device.major != 9 || device.minor != 0 || !device.overlaps || p.page != 0 || p.ring != 0 || p.keys.symbol >= 0) return false;
   using R = Row<C, Size>;
   const int64_t keys = p.keys.at(launch.symbols);
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };

@@ -32,15 +32,36 @@ export function trialFeatures(names = ""): string[] {
   return Object.entries(TRIALS).flatMap(([name, feature]) => (asked.includes(name) ? [feature] : []));
 }
 
-/** What a CUDA device can do. `flops` counts dense bf16 tensor cores; kernels without them reach a small part of it. */
-export function cudaCapabilities(device: ProbedDevice, more: readonly string[] = []): Capabilities {
+/**
+ * The compute capability of the code that a device of capability `capability` runs, of what an addon was compiled for (CMake's names: `80-real`,
+ * `90a-real`, `80-virtual`): code of its own, of an older one of its generation, or what the driver makes of PTX. Code that is not `a` counts as 8.9 at most. 0 without any.
+ */
+export function codeFor(architectures: string, capability: number): number {
+  const levels = architectures.split(/[ ;]+/).map((text) => {
+    if (/^(native|all|all-major)$/.test(text)) return Math.min(capability, 89);
+    const [, level, own, kind] = /^(\d+)(a?)(?:-(real|virtual))?$/.exec(text) ?? [];
+    const code = Number(level ?? 0);
+    const binary = kind !== "virtual" && Math.floor(code / 10) === Math.floor(capability / 10);
+    const runs = own === "a" ? code === capability : code <= capability && (binary || kind !== "real");
+    // From 9.0 on kernels use what only the architecture's own code has.
+    return !runs ? 0 : own === "a" ? code : Math.min(code, 89);
+  });
+  return Math.max(...levels);
+}
+
+/** What a CUDA device can do with code of a compute capability. `flops` counts dense bf16 tensor cores; kernels without them reach a small part of it. */
+export function cudaCapabilities(
+  device: ProbedDevice,
+  more: readonly string[] = [],
+  code = capabilityOf(device),
+): Capabilities {
   const capability = capabilityOf(device);
   const each = TENSOR_FLOPS.find(([least]) => capability >= least)?.[1] ?? 512;
   return {
     features: new Set([
       "cuda",
-      `sm_${capability}`,
-      ...LEVELS.filter((level) => capability >= level).map((level) => `sm>=${level}`),
+      `sm_${code}`,
+      ...LEVELS.filter((level) => code >= level).map((level) => `sm>=${level}`),
       ...more,
     ]),
     // Nothing but memory limits a buffer.

@@ -10,7 +10,7 @@ import {
   type Probe,
   type ProbedDevice,
 } from "./addon.js";
-import { capabilityOf, cudaCapabilities, LOWEST, trialFeatures } from "./capabilities.js";
+import { capabilityOf, codeFor, cudaCapabilities, LOWEST, trialFeatures } from "./capabilities.js";
 import { NativeExecutable } from "./executable.js";
 import { NATIVE_KERNELS } from "./kernels/table.js";
 
@@ -27,6 +27,8 @@ export function openCuda(options: CudaOptions = {}): CudaDevice {
   const addon = loadAddon(NATIVE_KERNELS);
   const probe = addon.probe();
   const device = choose(probe, options.index);
+  if (codeFor(addon.architectures, capabilityOf(device)) === 0)
+    throw unavailable(`${device.name} runs nothing that the addon is built for: ${addon.architectures}`);
   let handle: AddonDevice;
   try {
     handle = new addon.Device(device.index);
@@ -74,10 +76,11 @@ export class CudaDevice implements BackendDevice {
   constructor(handle: AddonDevice, addon: Addon, probe: Probe, device: ProbedDevice, asked: boolean) {
     this.#handle = handle;
     const blas = handle.blas();
-    this.capabilities = cudaCapabilities(device, [
-      ...(blas.version > 0 ? ["cublaslt"] : []),
-      ...trialFeatures(process.env.FEWBIT_CUDA_TRIAL),
-    ]);
+    this.capabilities = cudaCapabilities(
+      device,
+      [...(blas.version > 0 ? ["cublaslt"] : []), ...trialFeatures(process.env.FEWBIT_CUDA_TRIAL)],
+      codeFor(addon.architectures, capabilityOf(device)),
+    );
     this.info = {
       backend: "cuda",
       name: device.name,

@@ -131,7 +131,8 @@ export const ROWS_KERNELS: readonly NativeKernel[] = [
     entries: [SAMPLE],
     requires: [
       {
-        unmet: (_, device) => (device.features.has("sm>=90") ? null : "clusters of blocks need compute capability 9.0"),
+        unmet: (_, device) =>
+          device.features.has("sm>=90") ? null : "clusters of blocks need code of compute capability 9.0",
       },
       { unmet: sampleObstacle },
     ],

@@ -30,8 +30,6 @@ const DECODE: Entry = { name: "sdpa/decode", abi: 2 };
 const ROWS = 8;
 /** No device has more multiprocessors: keys are divided so that each has one block. */
 const MULTIPROCESSORS = 192;
-/** Devices with clusters that the addon has code for; others run what was made for the oldest. */
-const CLUSTERED = ["sm_90", "sm_100", "sm_120"];
 /** Keys up to which the blocks of one cluster are enough, and join their results without a second kernel. */
 const CLUSTER_KEYS = 4096;
 
@@ -81,10 +79,7 @@ function cut(bound: BoundStep, device: Capabilities): { planes: number; blocks: 
   const all = extentOf(shape.keys, bound);
   const seen = attrs.position === undefined ? all : extentOf(attrs.position, bound) + tokens;
   const keys = Math.min(all, seen, attrs.window ?? all);
-  const clusters =
-    CLUSTERED.some((feature) => device.features.has(feature)) &&
-    keys <= CLUSTER_KEYS &&
-    planes * blocks <= MULTIPROCESSORS;
+  const clusters = device.features.has("sm>=90") && keys <= CLUSTER_KEYS && planes * blocks <= MULTIPROCESSORS;
   return { planes, blocks, splits: clusters ? 0 : Math.max(Math.ceil(MULTIPROCESSORS / (planes * blocks)), 1) };
 }
 
