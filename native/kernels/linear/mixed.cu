@@ -1,6 +1,6 @@
 // linear/mixed: x W^T for some tens of rows of x, over stored codes of W.
-#include "arguments.hpp"
 #include "mixed-params.cuh"
+#include "skinny-arguments.hpp"
 
 namespace fewbit::linear {
 
@@ -10,20 +10,11 @@ cudaError_t launchMixedCodes(const Launch& launch, MixedParams& p, int rows, uin
 namespace {
 
 cudaError_t runMixed(const Launch& launch) {
-  Arguments arguments(launch);
   MixedParams p;
-  static_cast<WeightGroup&>(p) = arguments.weightGroup();
-  p.x = arguments.activations();
-  p.epilogue = arguments.epilogue();
-  p.promote = static_cast<Promote>(arguments.small());
-  p.unit = arguments.small();
-  p.fold = arguments.flag();
-  p.separable = arguments.flag();
-  p.parts3 = arguments.small();
+  uint8_t* scratch = nullptr;
   uint64_t scratchBytes = 0;
-  p.columns = arguments.buffer(&scratchBytes);
-  if (arguments.broken()) return cudaErrorInvalidValue;
-  p.symbols = launch.deviceSymbols;
+  if (!readSkinny(launch, p, scratch, scratchBytes)) return cudaErrorInvalidValue;
+  p.columns = scratch;
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
   if (rows == 0) return cudaSuccess;
   return withCodes(p.kind, [&](auto codes) { return launchMixedCodes<decltype(codes)>(launch, p, rows, scratchBytes); });

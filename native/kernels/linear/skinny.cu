@@ -1,6 +1,5 @@
 // linear/skinny: x W^T for few rows of x.
-#include "arguments.hpp"
-#include "skinny.cuh"
+#include "skinny-arguments.hpp"
 
 namespace fewbit::linear {
 
@@ -10,20 +9,11 @@ cudaError_t launchCodes(const Launch& launch, SkinnyParams& p, int rows, uint64_
 namespace {
 
 cudaError_t run(const Launch& launch) {
-  Arguments arguments(launch);
   SkinnyParams p;
-  static_cast<WeightGroup&>(p) = arguments.weightGroup();
-  p.x = arguments.activations();
-  p.epilogue = arguments.epilogue();
-  p.promote = static_cast<Promote>(arguments.small());
-  p.unit = arguments.small();
-  p.fold = arguments.flag();
-  p.separable = arguments.flag();
-  p.parts3 = arguments.small();
+  uint8_t* scratch = nullptr;
   uint64_t scratchBytes = 0;
-  p.partial = reinterpret_cast<float*>(arguments.buffer(&scratchBytes));
-  if (arguments.broken()) return cudaErrorInvalidValue;
-  p.symbols = launch.deviceSymbols;
+  if (!readSkinny(launch, p, scratch, scratchBytes)) return cudaErrorInvalidValue;
+  p.partial = reinterpret_cast<float*>(scratch);
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
   if (rows == 0) return cudaSuccess;
   return withCodes(p.kind, [&](auto codes) { return launchCodes<decltype(codes)>(launch, p, rows, scratchBytes); });

@@ -161,7 +161,6 @@ __global__ void __launch_bounds__(kThreads(Tiles), Tiles == 1 ? 3 : 1)
     fetchWeights<Codes, Tiles, Mode>(p, shared, at, walk);
     return;
   }
-  touch(p);
   awaitPredecessor();
   if (warp > kWorkers) {
     const int group = (warp - kWorkers - 1) / kFinishers(Tiles);  // which of two tiles, and of two copies of sums

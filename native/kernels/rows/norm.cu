@@ -16,7 +16,6 @@ __global__ void __launch_bounds__(kMostThreads) norm(const __grid_constant__ Nor
 #pragma unroll
   for (int i = 0; i < FOURS; i++)
     if (kEarly && place.holds(i)) weight[i] = loadFour(n.weight + place.element(i), true);
-  touch(n);
   const bool inside = place.row < n.rows.at(symbols) * n.groups;
   awaitPredecessor();
   if (!inside) return;

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
     for (int i = 0; i < FOURS; i++)
       if (place.holds(i)) weight[i] = loadFour(in.weight + place.element(i), true);
   }
-  touch(job);
+  if (kScaled) touch(job.rule);
   const bool inside = place.row < job.rows.at(symbols);
   awaitPredecessor();
   if (!inside) return;

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, SCALED && PIECES > 1 ? 2 : 3) rope(c
   const float* angle = s.rotary == 0 ? nullptr : s.angles + (symbols[s.angleSymbol] + static_cast<i64>(token)) * s.rotary;
   const i64 position = s.target == Target::cache ? static_cast<i64>(symbols[s.cacheSymbol]) + token : 0;
   const bool inside = token < h.job.rows.at(symbols);
-  if (BATCH == 1) touch(s);
+  if (SCALED && BATCH == 1) touch(s.rule);
   awaitPredecessor();
   if (!inside) return;
 

@@ -103,7 +103,6 @@ __device__ __forceinline__ void decodeRing(const Params& p) {
     }
     start(tile);
   }
-  if (!waited) touch(p);
   awaitPredecessor();
 
   Worker<C, Size, Rows, G> worker(p, seen, plane, block);

@@ -56,7 +56,7 @@ function asStored(bound: BoundStep, device: Capabilities): Plan | string {
 }
 
 /** What the library takes of those. */
-function asLibrary(bound: BoundStep, device: Capabilities): Plan | string {
+export function asLibrary(bound: BoundStep, device: Capabilities): Plan | string {
   const plan = asStored(bound, device);
   if (typeof plan === "string") return plan;
   const { weight, x, n, k } = formatsOf(bound);

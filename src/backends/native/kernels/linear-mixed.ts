@@ -1,11 +1,10 @@
-import { codecName, type Format } from "../../../formats/format.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { linearStep } from "../../linear-step.js";
 import { TRIALS } from "../capabilities.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
-import { formatsOf, isSeparable, LinearArguments, scaleRun } from "./linear-arguments.js";
+import { formatsOf, LinearArguments } from "./linear-arguments.js";
 import { decodedObstacle, promotion, SEGMENT } from "./linear-decoded.js";
+import { asLibrary } from "./linear-gemm.js";
 import { needsFeature } from "./sdpa-step.js";
 
 const MIXED: Entry = { name: "linear/mixed", abi: 1 };
@@ -27,25 +26,12 @@ const someRows: Requirement = {
     rows >= LEAST_ROWS && rows <= MOST_ROWS ? null : `x must have ${LEAST_ROWS} to ${MOST_ROWS} rows: it has ${rows}`,
 };
 
-const unscaledBf16 = (format: Format) => format.scales.length === 0 && codecName(format.element) === "bf16";
-
-/** Where the matrix units multiply both operands as they lie, nothing is gained by decoding one. */
+/** Where the library multiplies both operands as they lie, nothing is gained by decoding one. */
 const decodes: Requirement = {
-  unmet: (bound, { features }) => {
-    const { weight, x, k } = formatsOf(bound);
-    if (x === null || k % 16 !== 0 || !features.has("cublaslt")) return null;
-    const [first, second] = [codecName(x.element), codecName(weight.element)];
-    const constant = isSeparable(x, k) && scaleRun(weight, k) >= k;
-    const asStored =
-      (unscaledBf16(x) && unscaledBf16(weight)) ||
-      (constant &&
-        first === "int8" &&
-        second === "int8" &&
-        x.zero.domain === "none" &&
-        weight.zero.domain === "none") ||
-      (constant && first === "e4m3" && second === "e4m3" && linearStep(bound).fastAccum);
-    return asStored ? "the matrix units multiply both operands as they are stored" : null;
-  },
+  unmet: (bound, device) =>
+    device.features.has("cublaslt") && typeof asLibrary(bound, device) !== "string"
+      ? "the matrix units multiply both operands as they are stored"
+      : null,
 };
 
 /** x as columns of bf16, a pass after the other, with float zero points its sums over what is promoted together, and a factor a row. */
