@@ -12,6 +12,8 @@ __device__ __forceinline__ __nv_bfloat162 asPair(uint32_t word) { return reinter
 
 /** Pairs (0, 1), (2, 3), (4, 5), (6, 7): the order of most decoders; `first` is the first code of a pair, `apart` the second's distance. */
 struct Natural {
+  static constexpr int spread = 16;   // bytes of a row of codes that four lanes read at once, as Chunk is told
+  static constexpr int inFlight = 2;  // stages of the skinny kernels' ring that are best on their way at a time (bench/NOTES.md)
   static constexpr bool folds = false;  // whether scales may multiply the pairs
   static constexpr bool interleaved = false;
   static constexpr int apart = 1;
@@ -19,6 +21,7 @@ struct Natural {
 };
 /** Pairs (0, 4), (1, 5), (2, 6), (3, 7): every fourth code of 4 bits lies 16 bits apart. */
 struct Interleaved {
+  static constexpr int inFlight = 1;
   static constexpr bool interleaved = true;
   static constexpr int apart = 4;
   __device__ static constexpr int first(int pair) { return pair; }
@@ -56,7 +59,7 @@ __device__ __forceinline__ uint32_t codeOf(const uint32_t (&field)[2], int i) {
 /** Integers of any width: the code goes into the low bits of 2^23, which is exact, and 2^23 comes off with the offset. */
 template <int Bits>
 struct IntCodes : Natural {
-  static constexpr int bits = Bits;
+  static constexpr int bits = Bits, spread = Bits == 8 ? 32 : 16;
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element& element, float zero,
                                                 uint32_t (&out)[4]) {
     uint32_t field[2] = {0, 0};
@@ -84,7 +87,12 @@ struct IntCodes : Natural {
  */
 struct SignedBytes {
   static constexpr bool folds = false;
-  static constexpr int bits = 8, apart = 2;
+  static constexpr int bits = 8, apart = 2, spread = 64, inFlight = 2;
+  /** Sixteen codes as bytes, from what lies at `at`. */
+  __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t, uint32_t (&out)[4]) {
+    const uint4 four = *reinterpret_cast<const uint4*>(at);
+    out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
+  }
   __device__ static constexpr int first(int pair) { return pair / 2 * 4 + pair % 2; }
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
     uint32_t field[2];
@@ -100,7 +108,15 @@ struct SignedBytes {
 /** Four-bit integers, two at a time: 128 + code is a bf16 whose low bits are the code. */
 struct Int4Codes : Interleaved {
   static constexpr bool folds = false;
-  static constexpr int bits = 4;
+  static constexpr int bits = 4, spread = 32;
+  /** Sixteen codes as bytes: of each eight the even ones first. */
+  __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t flip, uint32_t (&out)[4]) {
+    const uint2 two = *reinterpret_cast<const uint2*>(at);
+    out[0] = (two.x ^ flip) & 0x0f0f0f0fu;
+    out[1] = (two.x >> 4 ^ flip) & 0x0f0f0f0fu;
+    out[2] = (two.y ^ flip) & 0x0f0f0f0fu;
+    out[3] = (two.y >> 4 ^ flip) & 0x0f0f0f0fu;
+  }
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element& element, float zero,
                                                 uint32_t (&out)[4]) {
     const uint32_t word = *reinterpret_cast<const uint32_t*>(row + at);
@@ -116,7 +132,7 @@ struct Int4Codes : Interleaved {
 };
 
 struct E4m3Codes : Natural {
-  static constexpr int bits = 8;
+  static constexpr int bits = 8, spread = 32, inFlight = 1;
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
     uint32_t field[2];
     loadField<8>(row, at, field);
@@ -131,7 +147,7 @@ struct E4m3Codes : Natural {
 
 /** A float8_e5m2 code is the upper byte of a float16. */
 struct E5m2Codes : Natural {
-  static constexpr int bits = 8;
+  static constexpr int bits = 8, spread = 32;
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
     uint32_t field[2];
     loadField<8>(row, at, field);
@@ -147,7 +163,7 @@ struct E5m2Codes : Natural {
 /** e2m1: exponent and mantissa land on a bf16's lowest, 2^-126 too small. */
 struct E2m1Codes : Interleaved {
   static constexpr bool folds = true;
-  static constexpr int bits = 4;
+  static constexpr int bits = 4, spread = 16;
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
     const uint32_t word = *reinterpret_cast<const uint32_t*>(row + at);
     const __nv_bfloat162 power = __float2bfloat162_rn(8.507059173023462e37f);  // 2^126
@@ -181,7 +197,7 @@ struct FloatCodes : Natural {
 };
 
 struct Bf16Codes : Natural {
-  static constexpr int bits = 16;
+  static constexpr int bits = 16, spread = 64;
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
     const uint4 four = *reinterpret_cast<const uint4*>(row + at);
     out[0] = four.x;

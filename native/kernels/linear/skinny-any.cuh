@@ -51,7 +51,7 @@ template <class Codes, int Tiles, class Sums>
 __device__ __forceinline__ void multiplyAny(const SkinnyParams& p, int perTile, Sums& of, const AnyScales& scales,
                                             const uint8_t* codes, const uint8_t* x, const float* sumsOfX,
                                             const int (&columnAt)[Tiles], int tile, int k0, int lane) {
-  using C = Chunk<Codes::bits>;
+  using C = ChunkOf<Codes>;
   const int columns = p.columnsOfX * p.parts3;
   const bool ends = p.promote == Promote::end, scaled = p.promote == Promote::scaled;
   const Weights& w = p.weights[0];

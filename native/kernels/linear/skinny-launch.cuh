@@ -14,7 +14,7 @@ inline size_t sharedForTwo(const Context& device) { return (device.sharedPerBloc
 /** Chooses slices of K, stages and the grid, and enqueues. */
 template <class Codes, int Tiles, class Mode>
 cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_t scratchBytes) {
-  using C = Chunk<Codes::bits>;
+  using C = ChunkOf<Codes>;
   const Context& device = *launch.context;
   const int64_t sliceBytes = int64_t{4} * rows * p.n * p.parts;
   const int mostSlices = std::max<int64_t>(1, std::min<int64_t>(scratchBytes / sliceBytes, 64));
@@ -41,10 +41,12 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
     if (slices == 0 && p.columnsOfX == 1) return cudaErrorInvalidConfiguration;
   }
   // As many stages as leave room for a second block; where x is too large for that, as many as fit.
-  const size_t most = bytesWith(3) <= sharedForTwo(device) ? sharedForTwo(device) : device.sharedPerBlock;
+  const size_t half = (device.sharedPerBlock - 1024) / 2;
+  const size_t most = bytesWith(3) <= sharedForTwo(device) ? sharedForTwo(device) : bytesWith(2) <= half ? half : device.sharedPerBlock;
   int stages = 2;
   while (stages < kMostStages && bytesWith(stages + 1) <= most) stages++;
   const size_t shared = bytesWith(stages);
+  p.inFlight = std::min(Codes::inFlight, stages);
   if (slices == 1) p.partial = nullptr;
   p.partialRows = rows;
   const int perTile = 16 / p.parts;
@@ -67,6 +69,12 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   return launchOverlapped(launch, finishSlices, dim3(finishing), 256, 0, p, slices);
 }
 
+/** Whether x is a row that skinny-digits.cuh can take. */
+inline bool inDigits(const SkinnyParams& p) {
+  const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
+  return p.columnsOfX == 1 && p.separable && p.x.bits == 16 && !p.x.half && p.x.zero.codec == ScaleCodec::none && aligned;
+}
+
 /** Kernels for up to 8 columns of x, and for up to 32 where the mode is a hot one; rows beyond them take another pass. */
 template <class Codes, class Mode>
 cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_t scratchBytes) {
@@ -75,6 +83,9 @@ cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_
   p.columnsOfX = (rows + passes - 1) / passes;
   if constexpr (Mode::fixed) {
     if (p.columnsOfX * p.parts3 > 8) return launchSkinny<Codes, 4, Mode>(launch, p, rows, scratchBytes);
+  }
+  if constexpr (std::is_same_v<Codes, SignedBytes> || (std::is_same_v<Codes, Int4Codes> && Mode::fixed)) {
+    if (inDigits(p)) return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
   }
   return launchSkinny<Codes, 1, Mode>(launch, p, rows, scratchBytes);
 }
@@ -98,7 +109,7 @@ template <class Codes>
 bool grouped(const Launch& launch, const SkinnyParams& p, int unit, ScaleCodec codec, bool zero) {
   const Weights& w = p.weights[0];
   return p.promote == Promote::scaled && p.unit == unit && w.scale.k == unit * 32 && w.scale.codec == codec &&
-         !p.element.zeros && p.floatZero == zero && rowsOfScales(launch, p, Chunk<Codes::bits>::k, zero);
+         !p.element.zeros && p.floatZero == zero && rowsOfScales(launch, p, ChunkOf<Codes>::k, zero);
 }
 
 template <class Codes>
@@ -118,7 +129,7 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
       return chooseTiles<Codes, Grouped<4, true>>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes>) {
-    if (p.fold && p.weights[0].scale.codec == ScaleCodec::e4m3 && rowsOfScales(launch, p, Chunk<4>::k, false))
+    if (p.fold && p.weights[0].scale.codec == ScaleCodec::e4m3 && rowsOfScales(launch, p, ChunkOf<Codes>::k, false))
       return chooseTiles<Codes, Folded>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes> || std::is_same_v<Codes, E4m3Codes>) {

@@ -21,6 +21,7 @@ struct SkinnyParams : WeightGroup {
   int parts3 = 3;          // bf16 parts of an element of x
 
   int stages = 2;      // of the ring
+  int inFlight = 2;    // stages of it that are on their way at a time: more would hold up x and what other kernels read
   int scaleSlots = 0;  // tiles whose scales lie in shared memory
   int kSlice = 0;      // elements of K of one block (grid.y blocks side by side): whole chunks
   float* partial = nullptr;  // [slices, rows of x (capacity), n (* parts)] when there are several
@@ -34,24 +35,31 @@ struct SkinnyParams : WeightGroup {
  * others are the hot cases: segments can be interleaved, and scales come with the weights.
  */
 struct Any {
-  static constexpr bool fixed = false, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, fixed = false, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** Scales and zero points do not stand in the loop over K. */
 struct Plain {
-  static constexpr bool fixed = true, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, fixed = true, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** A scale of `Bytes` bytes (bf16 or e8m0) for each `Unit` segments, and perhaps a bf16 zero point that is added. */
 template <int Unit, bool Zero, int Bytes = 2>
 struct Grouped {
-  static constexpr bool fixed = true, scaled = true, floatZero = Zero, folds = false;
+  static constexpr bool digits = false, fixed = true, scaled = true, floatZero = Zero, folds = false;
   static constexpr int unit = Unit, scaleBytes = Bytes;
 };
 /** e4m3 scales of 16 elements multiply the codes. */
 struct Folded {
-  static constexpr bool fixed = true, scaled = false, floatZero = false, folds = true;
+  static constexpr bool digits = false, fixed = true, scaled = false, floatZero = false, folds = true;
   static constexpr int unit = 1, scaleBytes = 1;
+};
+
+/** One row of x as digits (skinny-digits.cuh), so many. */
+constexpr int kDigits = 4;
+template <class Mode>
+struct InDigits : Mode {
+  static constexpr bool digits = true;
 };
 
 /** Warps that multiply. They share each tile's K: warp i takes the chunks i, i + kWorkers, ... */
@@ -61,17 +69,18 @@ __host__ __device__ constexpr int kFinishers(int tiles) { return tiles == 1 ? 1 
 /** The workers, one warp that fetches, and two groups of finishers. */
 __host__ __device__ constexpr int kThreads(int tiles) { return (kWorkers + 1 + 2 * kFinishers(tiles)) * 32; }
 
-/** What a worker takes at a time: 16 rows of the weights, `k` elements wide. */
-template <int Bits>
+/** What a worker takes at a time: 16 rows of the weights, `k` elements wide; `Spread` is what four lanes read of a row at once. */
+template <int Bits, int Spread>
 struct Chunk {
   static constexpr int segments = Bits == 16 ? 2 : Bits <= 4 ? 8 : 4;  // of 32 elements
   static constexpr int k = segments * 32;
   static constexpr int rowBytes = segments * 4 * Bits;
-  /** A stage of the ring: one chunk a worker. Padding puts the rows that one load reads into different banks. */
-  static constexpr int spread = (4 * Bits) % 16 == 0 ? 4 * Bits : 16;
-  static constexpr int pitch = kWorkers * rowBytes + spread;
+  /** A stage of the ring: one chunk a worker. The spread puts the rows that one load reads into different banks. */
+  static constexpr int pitch = kWorkers * rowBytes + Spread;
   static constexpr int stageBytes = 16 * pitch;
 };
+template <class Codes>
+using ChunkOf = Chunk<Codes::bits, Codes::spread>;
 
 __device__ __forceinline__ void multiply16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -101,11 +110,17 @@ __host__ __device__ __forceinline__ int sheetOf(const SkinnyParams& p) {
 /** Chunks of `count` elements, and the stages of the ring that they take. */
 template <class Codes>
 __host__ __device__ inline int chunksOf(int count) {
-  return (count + Chunk<Codes::bits>::k - 1) / Chunk<Codes::bits>::k;
+  return (count + ChunkOf<Codes>::k - 1) / ChunkOf<Codes>::k;
 }
 template <class Codes>
 __host__ __device__ inline int stagesOfTile(int count) {
   return (chunksOf<Codes>(count) + kWorkers - 1) / kWorkers;
+}
+
+/** Columns of x from one segment of 32 elements to the next; digits take the place of two. */
+template <class Mode>
+__host__ __device__ inline int columnPitch(const SkinnyParams& p) {
+  return Mode::digits ? kDigits / 2 : p.columnsOfX * p.parts3;
 }
 
 /** Bytes from row to row of a tile's scales in shared memory. */
@@ -120,18 +135,33 @@ struct SkinnyBarriers {
   uint64_t summed[2], stored[2];
 };
 
+/** Floats that a chunk's sums of x take, or what digits are summed with. */
+template <class Codes, int Tiles, class Mode>
+__host__ __device__ inline int sumsOfChunk(const SkinnyParams& p) {
+  constexpr int segments = ChunkOf<Codes>::segments;
+  if constexpr (Mode::digits) {
+    constexpr int units = segments / (Mode::scaled ? Mode::unit : segments);
+    return units * 8 + (units + 3) / 4 * 4;
+  }
+  return segments / p.unit * Tiles * 8;
+}
+
+/** Of a chunk's sums of x, as three bf16 each, where digits are used: 8 of a part side by side. */
+constexpr int kPartBytes = 48;
+
 /** Shared memory of a block, in order, after the barriers. */
 struct SkinnyShared {
-  size_t x, sums, exchange, scales, ring, total;
+  size_t x, sums, parts, exchange, scales, ring, total;
 };
 template <class Codes, int Tiles, class Mode>
 __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
-  using C = Chunk<Codes::bits>;
+  using C = ChunkOf<Codes>;
   const size_t segments = chunksOf<Codes>(p.kSlice) * C::segments;
   SkinnyShared at;
   at.x = (sizeof(SkinnyBarriers) + 127) / 128 * 128;
-  at.sums = at.x + segments * p.columnsOfX * p.parts3 * 64;
-  at.exchange = at.sums + (p.floatZero ? segments / p.unit * Tiles * 8 * 4 : 0);
+  at.sums = at.x + segments * (Mode::digits ? kDigits * 32 : p.columnsOfX * p.parts3 * 64);
+  at.parts = at.sums + (p.floatZero || Mode::digits ? segments / C::segments * sumsOfChunk<Codes, Tiles, Mode>(p) * 4 : 0);
+  at.exchange = at.parts + (Mode::digits && Mode::floatZero ? segments / C::segments * kPartBytes : 0);
   at.scales = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;
   at.ring = at.scales + (Mode::scaleBytes > 0 ? size_t(p.scaleSlots) * 16 * scalePitch(p) * (Mode::floatZero ? 2 : 1) : 0);
   at.total = at.ring + size_t(p.stages) * C::stageBytes + 16;  // fields of odd widths are read a word beyond their end

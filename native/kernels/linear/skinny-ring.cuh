@@ -46,6 +46,13 @@ __device__ __forceinline__ void copy16(uint32_t target, const void* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
+/** The same, or 16 bytes of zeros. */
+__device__ __forceinline__ void copy16OrZeros(uint32_t target, const void* source, bool copies) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(copies ? 16 : 0) : "memory");
+}
+/** Waits for this thread's copies. */
+__device__ __forceinline__ void copiesAwait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 /** Copies of whole rows that need no registers (compute capability 9 on): the barrier counts their bytes. */
 __device__ __forceinline__ void barrierExpect(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -96,7 +103,7 @@ struct Walk {
 template <class Codes, int Tiles, class Mode>
 __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at,
                                              const Walk<Codes>& walk) {
-  using C = Chunk<Codes::bits>;
+  using C = ChunkOf<Codes>;
   SkinnyBarriers& barriers = *reinterpret_cast<SkinnyBarriers*>(shared);
   const int lane = threadIdx.x % 32;
   const int sliceBytes = static_cast<int>(int64_t(walk.begin) / 32 * (4 * Codes::bits));
@@ -107,7 +114,8 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
     const int part = p.parts == 2 && row >= 8 ? 1 : 0;
     return make_int2(min(tile * walk.perTile + row - 8 * part, p.n - 1), part);
   };
-  RingPlace place;
+  RingPlace place, arriving;
+  int onTheirWay = 0;
   int slot = 0;
   bool first = true;  // turn around the ring: nothing to wait for
 #pragma unroll 1
@@ -120,6 +128,10 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
     for (int s = 0; s < walk.stagesOfTile; s++) {
       uint64_t* full = &barriers.full[place.stage];
       if (!first) barrierAwait(&barriers.empty[place.stage], place.parity ^ 1);
+      if (++onTheirWay > p.inFlight) {
+        barrierAwait(&barriers.full[arriving.stage], arriving.parity);
+        arriving.advance(p.stages);
+      }
       uint8_t* stageAt = shared + at.ring + place.stage * C::stageBytes;
       const uint32_t stage = sharedAddress(stageAt);
       const int from = s * (kWorkers * C::rowBytes);

@@ -20,7 +20,7 @@ __device__ __forceinline__ void splitBf16(float value, uint32_t (&part)[3]) {
 /** Where a worker's octets (8 neighbouring elements) of x lie: in its chunks, which are every `kWorkers`th. */
 template <class Codes>
 struct Octets {
-  using C = Chunk<Codes::bits>;
+  using C = ChunkOf<Codes>;
   static constexpr int ofChunk = C::k / 8;
   int warp, count;
   __device__ __forceinline__ Octets(const Walk<Codes>& walk, int warp)
@@ -38,11 +38,12 @@ template <class Codes, int Tiles>
 struct SumsOfX {
   float* at;
   int shift;  // octets of a unit, as a power of two
+  int pitch;  // from chunk to chunk
   __device__ __forceinline__ void add(const Octets<Codes>& octets, int octet, int m, float sum) const {
     for (int apart = 1 << shift >> 1; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
     if (octet >= octets.count || (octet & ((1 << shift) - 1)) != 0) return;
     const int inChunk = octet % Octets<Codes>::ofChunk;
-    float* row = at + (octets.chunk(octet) * (Octets<Codes>::ofChunk >> shift) + (inChunk >> shift)) * (Tiles * 8);
+    float* row = at + octets.chunk(octet) * pitch + (inChunk >> shift) * (Tiles * 8);
     if (m == 0) {
 #pragma unroll
       for (int i = 0; i < Tiles * 2; i++) reinterpret_cast<float4*>(row)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -118,10 +119,9 @@ struct Octet {
 /** x whose elements of `Width` bits can be loaded eight at a time; code 0 is 0. */
 template <class Codes, int Tiles, int Width>
 __device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* target, const SumsOfX<Codes, Tiles>& sums,
-                                            const Walk<Codes>& walk, const Octets<Codes>& octets, int m0, int rows) {
+                                            const Walk<Codes>& walk, const Octets<Codes>& octets, int columns, int m0, int rows) {
   constexpr int batch = Width == 32 ? 2 : 4;  // octets that a lane loads at once
   const int lane = threadIdx.x % 32;
-  const int columns = p.columnsOfX * p.parts3;
 #pragma unroll 1
   for (int m = 0; m < p.columnsOfX; m++) {
     const uint8_t* row = p.x.at + (m0 + m) * p.x.stride;
@@ -149,9 +149,8 @@ __device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* targ
 /** x of any kind, an element at a time. */
 template <class Codes, int Tiles>
 __device__ __noinline__ void stageElements(const SkinnyParams& p, uint8_t* target, SumsOfX<Codes, Tiles> sums, Walk<Codes> walk,
-                                           Octets<Codes> octets, int m0, int rows) {
+                                           Octets<Codes> octets, int columns, int m0, int rows) {
   const int lane = threadIdx.x % 32;
-  const int columns = p.columnsOfX * p.parts3;
 #pragma unroll 1
   for (int m = 0; m < p.columnsOfX; m++) {
 #pragma unroll 1
@@ -189,14 +188,15 @@ __device__ __forceinline__ void stageX(const SkinnyParams& p, uint8_t* shared, c
                                        int warp, int m0, int rows) {
   const Octets<Codes> octets(walk, warp);
   const int unit = Mode::fixed && Mode::scaled ? Mode::unit : p.unit;
-  const SumsOfX<Codes, Tiles> sums{reinterpret_cast<float*>(shared + at.sums), 33 - __clz(unit)};
+  const SumsOfX<Codes, Tiles> sums{reinterpret_cast<float*>(shared + at.sums), 33 - __clz(unit), sumsOfChunk<Codes, Tiles, Mode>(p)};
   uint8_t* target = shared + at.x;
+  const int columns = columnPitch<Mode>(p);
   const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
   const bool exact = aligned && p.separable && p.x.zero.codec == ScaleCodec::none;
-  if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, m0, rows);
-  else if (exact && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, m0, rows);
-  else if (exact && p.x.bits == 8) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, m0, rows);
-  else stageElements<Codes, Tiles>(p, target, sums, walk, octets, m0, rows);
+  if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, columns, m0, rows);
+  else if (exact && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, columns, m0, rows);
+  else if (exact && p.x.bits == 8) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, columns, m0, rows);
+  else stageElements<Codes, Tiles>(p, target, sums, walk, octets, columns, m0, rows);
   __syncwarp();
 }
 

@@ -1,0 +1,276 @@
+// One row of x in whole numbers: exact sums of integer codes, on the tensor cores' integer units.
+//
+// The elements of a unit (those that share a weight's scale, or a chunk) are integers of 30 bits times one power of two, cut into
+// four signed bytes: four columns of x. A bf16 keeps its 8 bits if its exponent is at most 22 below that of its unit's largest; a chunk of x
+// that has a smaller one, or one that is not finite, stays bf16 and meets codes in bf16.
+#pragma once
+#include "skinny-worker.cuh"
+
+namespace fewbit::linear {
+
+/** Four bytes of the same place of four words: out[j] is byte j of each. */
+__device__ __forceinline__ void transposeBytes(const uint32_t (&in)[4], uint32_t (&out)[4]) {
+  const uint32_t low0 = __byte_perm(in[0], in[1], 0x5140), low1 = __byte_perm(in[2], in[3], 0x5140);
+  const uint32_t high0 = __byte_perm(in[0], in[1], 0x7362), high1 = __byte_perm(in[2], in[3], 0x7362);
+  out[0] = __byte_perm(low0, low1, 0x5410);
+  out[1] = __byte_perm(low0, low1, 0x7632);
+  out[2] = __byte_perm(high0, high1, 0x5410);
+  out[3] = __byte_perm(high0, high1, 0x7632);
+}
+
+/**
+ * Where things lie: a chunk's x as digits [64 elements][digit][64], or as bf16 [32 elements][lane % 4][8]; what a unit's four sums begin with
+ * [unit][lane % 2][4], behind those of a chunk the powers of two of its units' highest digits, -1 where it stays bf16; sums of x, as three bf16,
+ * [chunk][part][8].
+ */
+template <class Codes, class Mode>
+struct Digits {
+  using C = ChunkOf<Codes>;
+  static constexpr int unit = Mode::scaled ? Mode::unit * 32 : C::k;
+  static constexpr int units = C::k / unit;  // of a chunk
+  static constexpr int bytes = C::k * kDigits;
+  static constexpr int powers = units * 8, ints = powers + (units + 3) / 4 * 4;  // where powers begin, and all, of a chunk
+  static constexpr int octetsOfChunk = C::k / 8, octetsOfUnit = unit / 8;
+  /** 1.5 * 2^23 as a float: an integer below 2^22 added to its bits is added to its value. */
+  static constexpr int kMagic = 0x4b400000;
+
+  /** Sum over the lanes of a unit. */
+  template <class T>
+  __device__ __forceinline__ static T overUnit(T value) {
+#pragma unroll
+    for (int apart = octetsOfUnit / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
+    return value;
+  }
+
+  /** Stages a worker's chunks of row `m` of x. */
+  __device__ __forceinline__ static void stage(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at,
+                                               const Walk<Codes>& walk, int warp, int m) {
+    const int lane = threadIdx.x % 32;
+    const Octets<Codes> octets(walk, warp);
+    const uint8_t* row = p.x.at + m * p.x.stride;
+    const auto targetOf = [&](int octet) { return shared + at.x + octets.chunk(octet) * bytes; };
+    // What is to be cut up lies in the upper half of a chunk's place, and everything is asked for at once.
+    const auto rawOf = [&](int octet) { return targetOf(octet) + bytes / 2 + octet % octetsOfChunk * 16; };
+#pragma unroll 1
+    for (int octet = lane; octet < octets.count; octet += 32) {
+      const int k = walk.begin + octets.k(octet);
+      copy16OrZeros(sharedAddress(rawOf(octet)), row + int64_t(k) * 2, k < p.k);
+    }
+    copiesAwait();
+#pragma unroll 1
+    for (int octet = lane; octet - lane < octets.count; octet += 32) {
+      const bool mine = octet < octets.count;
+      const uint4 raw = mine ? *reinterpret_cast<const uint4*>(rawOf(octet)) : make_uint4(0, 0, 0, 0);
+      __syncwarp();
+      stageOctet(p, shared, at, octets.chunk(octet), octet % octetsOfChunk, raw, targetOf(octet), mine);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ static void stageOctet(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, int chunk,
+                                                    int inChunk, const uint4& raw, uint8_t* target, bool mine) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    const auto valueOf = [&](int j) { return __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u); };
+    uint32_t largest = 0, least = ~0u;  // least of those that are not zero, less 1
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint32_t magnitudes = words[j] & 0x7fff7fffu;
+      largest = __vmaxu2(largest, magnitudes);
+      least = __vminu2(least, __vsub2(magnitudes, 0x00010001u));
+    }
+#pragma unroll
+    for (int apart = octetsOfUnit / 2; apart > 0; apart /= 2) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, apart));
+    largest = max(largest & 0xffffu, largest >> 16);
+    // The powers of two are normal numbers for these exponents.
+    const int exponent = min(max(static_cast<int>(largest >> 7), 32), 253);
+    const bool fits = largest == 0 || (static_cast<int>(largest >> 7) == exponent &&
+                                       static_cast<int>((min(least & 0xffffu, least >> 16) + 1) >> 7) >= exponent - 22);
+    const float up = __int_as_float((283 - exponent) << 23);  // the largest is below 2^30
+    const float power = __int_as_float((exponent - 5) << 23);
+    uint32_t digits[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      digits[j] = (static_cast<uint32_t>(__float2int_rz(valueOf(j) * up)) + 0x00808080u) ^ 0x00808080u;
+    }
+    const auto place = [](int i) { return Codes::bits == 4 ? i % 4 * 2 + i / 4 : i; };  // of nibbles, even ones come first
+    uint32_t halves[2][4];
+    transposeBytes({digits[place(0)], digits[place(1)], digits[place(2)], digits[place(3)]}, halves[0]);
+    transposeBytes({digits[place(4)], digits[place(5)], digits[place(6)], digits[place(7)]}, halves[1]);
+    const uint32_t lanesOfChunk = (~0u >> (32 - octetsOfChunk)) << (threadIdx.x % 32 / octetsOfChunk * octetsOfChunk);
+    const bool whole = (__ballot_sync(~0u, !fits) & lanesOfChunk) == 0;  // the chunk fits
+
+    int sums[kDigits] = {0, 0, 0, 0};  // of a unit's digits, below 2^15
+    float sum = 0.0f;
+    if constexpr (Mode::floatZero) {
+#pragma unroll
+      for (int j = 0; j < kDigits; j++) sums[j] = __dp4a(static_cast<int>(halves[1][j]), 0x01010101, __dp4a(static_cast<int>(halves[0][j]), 0x01010101, 0));
+      const int low = overUnit(sums[0] + (sums[1] << 16)), high = overUnit(sums[2] + (sums[3] << 16));
+      sums[0] = static_cast<int16_t>(low), sums[1] = (low - sums[0]) >> 16;
+      sums[2] = static_cast<int16_t>(high), sums[3] = (high - sums[2]) >> 16;
+      sum = fmaf(static_cast<float>(sums[3] * 256 + sums[2]), 65536.0f, static_cast<float>(sums[1] * 256 + sums[0])) * (power * 0x1p-24f);
+      if (!whole) {
+        float stored = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) stored += valueOf(j);
+#pragma unroll
+        for (int apart = octetsOfUnit / 2; apart > 0; apart /= 2) stored += __shfl_xor_sync(lanesOfChunk, stored, apart);
+        sum = stored;
+      }
+    }
+    if (!mine) return;
+    if (whole) {
+#pragma unroll
+      for (int j = 0; j < kDigits; j++)
+        *reinterpret_cast<uint2*>(target + inChunk / 8 * (64 * kDigits) + j * 64 + inChunk % 8 * 8) = make_uint2(halves[0][j], halves[1][j]);
+    } else {
+      const auto pair = [&](int i) {
+        return __byte_perm(__float_as_uint(valueOf(Codes::first(i))), __float_as_uint(valueOf(Codes::first(i) + Codes::apart)), 0x7632);
+      };
+      *reinterpret_cast<uint4*>(target + inChunk * 16) = make_uint4(pair(0), pair(1), pair(2), pair(3));
+    }
+    if (inChunk % octetsOfUnit != 0) return;
+    const int u = inChunk / octetsOfUnit;
+    int* entry = reinterpret_cast<int*>(shared + at.sums) + chunk * ints;
+    entry[powers + u] = __float_as_int(whole ? power : -1.0f);
+    if constexpr (Mode::floatZero) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) entry[u * 8 + j] = kMagic - static_cast<int>(p.element.offset) * sums[j / 4 * 2 + j % 2];
+      uint32_t part[3];
+      splitBf16(sum, part);
+      unsigned short* parts = reinterpret_cast<unsigned short*>(shared + at.parts + chunk * kPartBytes) + u;
+#pragma unroll
+      for (int j = 0; j < 3; j++) parts[j * 8] = static_cast<unsigned short>(part[j]);
+    }
+  }
+
+  __device__ __forceinline__ static void multiply(int (&sum)[4], const uint32_t (&low)[4], const uint32_t (&high)[4], const uint4& b) {
+    multiply16x8x32(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
+    multiply16x8x32(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
+  }
+  __device__ __forceinline__ static void multiply16x8x32(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+
+  float total[4], zeros[4];  // of the columns 2t, 2t + 1, for rows lane / 4 and 8 rows on
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int c = 0; c < 4; c++) total[c] = zeros[c] = 0.0f;
+  }
+  __device__ __forceinline__ void promote(const ChunkScales<Codes, Mode>& scales, int u, float power, const float (&sum)[4]) {
+    float scale[2] = {power, power};
+    if constexpr (Mode::scaled) {
+      scale[0] *= scales.scaleOf(0, u);
+      scale[1] *= scales.scaleOf(1, u);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) total[c] = fmaf(scale[c / 2], sum[c], total[c]);
+  }
+  /** A chunk of x whose `codes` begin at row lane / 4 of the weights. */
+  __device__ __forceinline__ void add(const SkinnyParams& p, const uint8_t* shared, const SkinnyShared& at, const uint8_t* codes, int chunk,
+                                      const ChunkScales<Codes, Mode>& scales, uint32_t flip, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    const uint8_t* x = shared + at.x + chunk * bytes;
+    const int* of = reinterpret_cast<const int*>(shared + at.sums) + chunk * ints;
+    float power[(units + 3) / 4 * 4];
+    if constexpr (units == 1) {
+      power[0] = __int_as_float(of[powers]);
+    } else {
+#pragma unroll
+      for (int u = 0; u < units; u += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(of + powers + u);
+        power[u] = four.x, power[u + 1] = four.y, power[u + 2] = four.z, power[u + 3] = four.w;
+      }
+    }
+    if (power[0] > 0.0f) {
+      x += g % kDigits * 64 + t * 16;
+      codes += t * (2 * Codes::bits);
+#pragma unroll
+      for (int u = 0; u < units; u++) {
+        int sum[4] = {kMagic, kMagic, kMagic, kMagic};
+        if constexpr (Mode::floatZero) {
+          const int4 first = *reinterpret_cast<const int4*>(of + u * 8 + t % 2 * 4);
+          sum[0] = first.x, sum[1] = first.y, sum[2] = first.z, sum[3] = first.w;
+        }
+#pragma unroll
+        for (int block = u * (unit / 64); block < (u + 1) * (unit / 64); block++) {
+          uint32_t low[4], high[4];
+          Codes::bytes(codes + block * (8 * Codes::bits), flip, low);
+          Codes::bytes(codes + 8 * C::pitch + block * (8 * Codes::bits), flip, high);
+          multiply(sum, low, high, *reinterpret_cast<const uint4*>(x + block * (64 * kDigits)));
+        }
+        float whole[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) whole[c] = __int_as_float(sum[c]) - __int_as_float(kMagic);
+        promote(scales, u, power[u], whole);
+      }
+    } else {
+      addStored(p, x, codes, scales, g, t);
+    }
+    if constexpr (Mode::floatZero) {
+      // Zero points times sums of x, whose parts are the columns.
+      const bool has = t * 2 < units;
+      const auto zero = [&](int r) { return t == 0 ? scales.zero[r][0] : has ? scales.zero[r][units / 2 - 1] : 0u; };
+      const uint32_t b =
+          has ? *reinterpret_cast<const uint32_t*>(shared + at.parts + chunk * kPartBytes + min(g, 2) * 16 + t * 4) : 0u;
+      multiply16x8x16(zeros, {zero(0), zero(1), 0u, 0u}, b, 0u);
+    }
+  }
+  /** The same of a chunk that stayed bf16: x is the column of the highest digit. */
+  __device__ __forceinline__ void addStored(const SkinnyParams& p, const uint8_t* x, const uint8_t* codes,
+                                            const ChunkScales<Codes, Mode>& scales, int g, int t) {
+    Element element = p.element;
+    element.zeros = false;
+#pragma unroll
+    for (int u = 0; u < units; u++) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (int segment = u * (unit / 32); segment < (u + 1) * (unit / 32); segment++) {
+        uint32_t low[4], high[4];
+        Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, 0.0f, low);
+        Codes::decode(codes + 8 * C::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, 0.0f, high);
+        uint4 b = make_uint4(0, 0, 0, 0);
+        if (g == kDigits - 1) b = *reinterpret_cast<const uint4*>(x + segment * 64 + t * 16);
+        multiply16x8x16(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
+        multiply16x8x16(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
+      }
+      promote(scales, u, 1.0f, sum);
+    }
+  }
+  /** Copies what a tile ends with for the finishers. */
+  __device__ __forceinline__ void store(float* sheet, int lane) const {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float y = fmaf(total[2 * h], 0x1p-8f, total[2 * h + 1]);
+      if (t == 0) y = y * 0x1p-16f + zeros[2 * h + 1];
+      if (t < 2) y += zeros[2 * h];
+      y += __shfl_xor_sync(~0u, y, 1);
+      if (t == 0) sheet[g + 8 * h] = y;
+    }
+  }
+};
+
+/** Multiplies in whole numbers. */
+template <class Codes, class Mode>
+__device__ __forceinline__ void multiplyDigits(const Worker<Codes, Mode>& worker, int m0) {
+  using C = ChunkOf<Codes>;
+  Digits<Codes, Mode>::stage(worker.p, worker.shared, worker.at, worker.walk, worker.warp, m0);
+  const int lane = worker.lane;
+  const uint32_t flip = worker.p.element.flip * 0x01010101u;
+  Digits<Codes, Mode> of;
+  worker.walkTiles(
+      [&] { of.clear(); },
+      [&](int, int chunk, int slot, const uint8_t* codes) {
+        if (chunk >= worker.walk.chunks) return;
+        ChunkScales<Codes, Mode> scales;
+        if constexpr (Mode::scaleBytes > 0)
+          scales.load(worker.p, worker.shared, worker.at, slot, lane / 4, worker.walk.begin / C::k + chunk);
+        of.add(worker.p, worker.shared, worker.at, codes + lane / 4 * C::pitch, chunk, scales, flip, lane);
+      },
+      [&](float* sheet) { of.store(sheet, lane); });
+}
+
+}  // namespace fewbit::linear
