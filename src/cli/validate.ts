@@ -29,6 +29,7 @@ interface ValidateArguments {
   readonly golden?: string;
   readonly report?: string;
   readonly case?: string[];
+  readonly shard?: { readonly index: number; readonly count: number };
   readonly seed: number;
 }
 
@@ -62,6 +63,7 @@ export function validateCommand(cli: Cli): Command {
       "every format, block and shape; tiers above the default take the quick table unless named with --tier",
     )
     .option("--case <id>", "only this case; may be repeated", (id: string, before: string[] = []) => [...before, id])
+    .option("--shard <i/n>", "only the ith of n parts of all that, to share it among processes", shardOf)
     .option("--seed <n>", "the seed of all random numbers", integer("--seed", 0, 2 ** 32 - 1), DEFAULT_SEED)
     .option("--golden <dir>", "run a directory of golden vectors (manifest.json) instead of the table")
     .option("--report <file>", "write a report: .json (to send, compare and diff) or .html (to read)")
@@ -73,6 +75,7 @@ export function validateCommand(cli: Cli): Command {
         ["fewbit validate --full --backend webgpu --report out.html", "everything, with a page to read"],
         ["fewbit validate --backend cuda --backend webgpu", "both on one card, side by side"],
         ["fewbit validate --ops linear --formats int8,mxfp4", "two formats of one op"],
+        ["fewbit validate --full --backend cuda --shard 3/8", "the third of eight processes, side by side"],
         ["fewbit validate --golden test/golden/data", "vectors recorded from torchao"],
       ),
     )
@@ -93,8 +96,19 @@ function list<T extends string>(flags: string, what: string, kind: string, legal
   });
 }
 
+/** Throws `argument/invalid`. */
+function shardOf(text: string): { index: number; count: number } {
+  const [, index = 0, count = 0] = (/^(\d+)\/(\d+)$/.exec(text) ?? []).map(Number);
+  if (index >= 1 && index <= count) return { index, count };
+  throw new FewbitError("argument/invalid", {
+    name: "--shard",
+    value: text,
+    expected: "i/n with i from 1 to n, like 3/8",
+  });
+}
+
 async function table(cli: Cli, options: ValidateArguments): Promise<void> {
-  const { backend, tier, formats, ops, full, seed } = options;
+  const { backend, tier, formats, ops, shard, full, seed } = options;
   const format = reportFormat(options.report);
   const line = progressLine(cli);
   const { red } = cli.err.color;
@@ -103,6 +117,7 @@ async function table(cli: Cli, options: ValidateArguments): Promise<void> {
     ...(formats && { formats }),
     ...(ops && { ops }),
     ...(options.case && { ids: options.case }),
+    ...(shard && { shard }),
   };
   let [done, total, device] = [0, 0, ""];
   const soFar = { passed: 0, failed: 0, unsupported: 0 };

@@ -248,13 +248,18 @@ export interface Selection {
   readonly ops?: readonly string[];
   /** Ids of programs or of single cases. */
   readonly ids?: readonly string[];
+  /** Of what the rest selects, every `count`th program from the `index`th on (from 1), so that several processes share a table. */
+  readonly shard?: { readonly index: number; readonly count: number };
 }
 
 /**
  * The programs of a table that a selection asks for, with only the runs it asks for.
  * Throws `argument/unknown-name` for an id that the table does not have.
  */
-export function selectCases(table: readonly CaseProgram[], { quick, formats, ops, ids }: Selection): CaseProgram[] {
+export function selectCases(
+  table: readonly CaseProgram[],
+  { quick, formats, ops, ids, shard }: Selection,
+): CaseProgram[] {
   for (const id of ids ?? []) {
     if (table.some((program) => program.id === id || program.runs.some((run) => run.id === id))) continue;
     const nearest = table
@@ -263,7 +268,7 @@ export function selectCases(table: readonly CaseProgram[], { quick, formats, ops
       .slice(0, 5);
     throw new FewbitError("argument/unknown-name", { kind: "case", name: id, nearest });
   }
-  return table.flatMap((program) => {
+  const selected = table.flatMap((program) => {
     if (formats !== undefined && !formats.includes(program.format)) return [];
     if (ops !== undefined && !ops.includes(program.op)) return [];
     const runs = program.runs.filter(
@@ -271,4 +276,5 @@ export function selectCases(table: readonly CaseProgram[], { quick, formats, ops
     );
     return runs.length === 0 ? [] : [{ ...program, runs }];
   });
+  return shard === undefined ? selected : selected.filter((_, i) => i % shard.count === shard.index - 1);
 }

@@ -35,6 +35,16 @@ describe("the case table", () => {
     expect(inputs(1).data).not.toEqual(inputs(2).data);
   });
 
+  test.each([1, 3, 16])("falls into %i shards that are the whole of it and share nothing", (count) => {
+    const all = selectCases(table, { ops: ["quantize"] }).map(({ id }) => id);
+    const shards = Array.from({ length: count }, (_, i) =>
+      selectCases(table, { ops: ["quantize"], shard: { index: i + 1, count } }).map(({ id }) => id),
+    );
+    expect(shards.flat().sort()).toEqual(all.sort());
+    const sizes = shards.map(({ length }) => length);
+    expect(Math.max(...sizes) - Math.min(...sizes)).toBeLessThanOrEqual(1);
+  });
+
   test("refuses an unknown case with the nearest names", () => {
     expect(() => selectCases(table, { ids: ["rmsnorm/f32/h38"] })).toThrowError(/unknown case .*did you mean rmsnorm/);
   });
