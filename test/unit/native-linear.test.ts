@@ -88,7 +88,7 @@ function parse({ args, bindings, entry }: NativeDispatch) {
   const [out, residual, biases] = [strided(), strided(), [buffer(), buffer()]];
   const rest = args.slice(at, -1);
   const scratch = args.at(-1) as number;
-  expect(rest.length).toBe(entry.name === "linear/skinny" ? 5 : 6);
+  expect(rest.length).toBe(["linear/skinny", "linear/mixed"].includes(entry.name) ? 5 : 6);
   return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch };
 }
 
@@ -105,7 +105,12 @@ describe("linear on CUDA", () => {
       const x = activations[name];
       for (const weight of formats) {
         if (codecVector(weight.element)[0] !== 1 || K % scaleGranularity(weight, K) !== 0) continue;
-        for (const shape of [{ rows: 1 }, { rows: 8, gated: true, bias: true }, { rows: 512, residual: true }]) {
+        for (const shape of [
+          { rows: 1 },
+          { rows: 8, gated: true, bias: true },
+          { rows: 64, gated: true },
+          { rows: 512, residual: true },
+        ]) {
           const made = plan({ weight, ...(x === undefined ? {} : { x }), ...shape });
           const { kernel } = chosen(made);
           if (!LINEAR_KERNELS.includes(kernel)) continue;

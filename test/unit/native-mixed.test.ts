@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { cudaCapabilities, H100, TRIALS } from "../../src/backends/native/capabilities.js";
+import { cudaCapabilities, H100 } from "../../src/backends/native/capabilities.js";
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
 import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
@@ -11,7 +11,7 @@ import { makePlan, type Plan } from "../../src/plan/plan.js";
 import type { Choice } from "../../src/plan/select.js";
 import { BoundStep } from "../../src/plan/step.js";
 
-const hopper = cudaCapabilities(H100, ["cublaslt", TRIALS.mixed]);
+const hopper = cudaCapabilities(H100, ["cublaslt"]);
 const kernels = [...LINEAR_KERNELS, ...GENERAL_KERNELS];
 const MIXED = "cuda/linear/mixed";
 
@@ -69,17 +69,12 @@ describe("linears of some tens of rows on CUDA", () => {
     expect(refusal({ ...float8, fastAccum: true })).toContain("as they are stored");
     // Their sums are too short for a linear that does not declare such; without a library nobody else takes bf16.
     expect(id(float8)).toBe(MIXED);
-    expect(id({ weight: bf16, x: bf16, rows: 64 }, cudaCapabilities(H100, [TRIALS.mixed]))).toBe(MIXED);
+    expect(id({ weight: bf16, x: bf16, rows: 64 }, cudaCapabilities(H100))).toBe(MIXED);
     expect(id({ weight: bf16, rows: 64 })).toBe(MIXED);
   });
 
-  test("it is on trial, and says so", () => {
-    const on = cudaCapabilities(H100, ["cublaslt"]);
-    expect(refusal({ weight: g64, x: bf16, rows: 64 }, on)).toContain("on trial");
-  });
-
   test("only Hopper has its matrix units", () => {
-    const ada = cudaCapabilities({ ...H100, name: "NVIDIA L40S", major: 8, minor: 9 }, ["cublaslt", TRIALS.mixed]);
+    const ada = cudaCapabilities({ ...H100, name: "NVIDIA L40S", major: 8, minor: 9 }, ["cublaslt"]);
     expect(refusal({ weight: g64, x: bf16, rows: 64 }, ada)).toContain("9.0");
   });
 
@@ -101,12 +96,12 @@ describe("linears of some tens of rows on CUDA", () => {
       const passes = Math.ceil(rows / Math.floor(128 / parts));
       const columns = passes === 1 ? rows * parts : 128;
       return (
-        passes * Math.ceil(k / 128) * (widths.find((width) => width >= columns) as number) * (256 + 4 * sums) + 4 * rows
+        passes * Math.ceil(k / 128) * (widths.find((width) => width >= columns) as number) * (256 + sums) + 4 * rows
       );
     };
     for (const [weight, x, parts, sums] of [
-      [g64, bf16, 1, 2],
-      [g64, undefined, 3, 2],
+      [g64, bf16, 1, 16],
+      [g64, undefined, 3, 16],
       [int8, bf16, 1, 0],
       [int8, undefined, 3, 0],
     ] as const)

@@ -226,77 +226,116 @@ __global__ void __launch_bounds__(kThreads) carryX(const __grid_constant__ GemmP
   }
 }
 
-/** Words that hold eight codes, read ahead of the stores of others. */
+/** Eight values as they are stored in a carrier of bf16, f16 or signed bytes. */
+__device__ __forceinline__ void storeOctet(Carrier carrier, uint8_t* row, int octet, const float (&v)[8]) {
+  if (carrier == Carrier::s8) {
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 8; j++) words[j / 4] |= (static_cast<uint32_t>(static_cast<int>(v[j])) & 255u) << (8 * (j % 4));
+    *reinterpret_cast<uint2*>(row + octet * 8) = make_uint2(words[0], words[1]);
+    return;
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const __nv_bfloat162 bf16 = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+    const __half2 f16 = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+    words[i] = carrier == Carrier::f16 ? reinterpret_cast<const uint32_t&>(f16) : reinterpret_cast<const uint32_t&>(bf16);
+  }
+  *reinterpret_cast<uint4*>(row + octet * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/** Eight decoded codes, in order. */
 template <class Codes>
-struct Octet {
-  static constexpr bool ahead = Codes::bits == 4 || Codes::bits == 8;
-  alignas(8) uint32_t words[ahead ? Codes::bits / 4 : 1];
-  uint32_t scale = 0;
-
-  __device__ __forceinline__ void fetch(const GemmParams& p, const Weights& w, int n, int octet, int shift) {
-    const int k = min(octet * 8, p.k - 1);
-    const uint8_t* at = w.codes + n * p.rowBytes + octet * Codes::bits;
-    if constexpr (Codes::bits == 4) {
-      words[0] = __ldg(reinterpret_cast<const uint32_t*>(at));
-    } else if constexpr (Codes::bits == 8) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(at));
-      words[0] = two.x, words[1] = two.y;
-    }
-    if (p.scaledW)
-      scale = loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + (shift >= 0 ? k >> shift : k / w.scale.k));
+__device__ __forceinline__ void decodeOctet(const GemmParams& p, const uint8_t* row, int at, float zero, float (&values)[8]) {
+  uint32_t pairs[4];
+  Codes::decode(row, at, p.element, zero, pairs);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    values[Codes::interleaved ? i : 2 * i] = __uint_as_float(pairs[i] << 16);
+    values[Codes::interleaved ? i + 4 : 2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
   }
-  /** Codes, with scales when the carriers hold them, times `power`; zero beyond K. */
-  __device__ __forceinline__ void decode(const GemmParams& p, const Weights& w, int n, int octet, float power, float (&values)[8]) const {
+}
+
+/** A row whose codes are read a vector at a time, several ahead of the stores, and whose scales change with a power of two of them. */
+template <class Codes>
+__device__ __forceinline__ void carryVectors(const GemmParams& p, const Weights& w, int n, float power, int shift, uint8_t* out, int end) {
+  constexpr int ahead = 4, words = Codes::bits / 4;
+  const uint8_t* row = w.codes + n * p.rowBytes;
+  Blocks scales = w.scale;
+  scales.at += int64_t(n / scales.rows) * scales.columns * scaleBytes(scales.codec);
+  const FastScale decode(scales.codec);
+  const int octets = p.k / 8;
+  for (int begin = threadIdx.x % 32; begin < end; begin += 32 * ahead) {
+    alignas(8) uint32_t codes[ahead][words] = {};
+    uint32_t scale[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; i++) {
+      const int octet = begin + 32 * i;
+      if (octet >= octets) continue;
+      if constexpr (words == 1) codes[i][0] = __ldg(reinterpret_cast<const uint32_t*>(row) + octet);
+      else *reinterpret_cast<uint2*>(codes[i]) = __ldg(reinterpret_cast<const uint2*>(row) + octet);
+      if (p.scaledW) scale[i] = loadScaleBits(scales, octet * 8 >> shift);
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; i++) {
+      const int octet = begin + 32 * i;
+      if (octet >= end) break;
+      float values[8];
+      decodeOctet<Codes>(p, reinterpret_cast<const uint8_t*>(codes[i]), 0, 0.0f, values);
+      const float factor = octet >= octets ? 0.0f : p.scaledW ? decode(scale[i]) * power : power;
+#pragma unroll
+      for (int j = 0; j < 8; j++) values[j] *= factor;
+      storeOctet(p.carrier, out, octet, values);
+    }
+  }
+}
+
+/** A row of any kind. */
+template <class Codes>
+__device__ __forceinline__ void carryElements(const GemmParams& p, const Weights& w, int n, float power, uint8_t* out, int64_t partBytes,
+                                              int end) {
+  for (int octet = threadIdx.x % 32; octet < end; octet += 32) {
     const int k = octet * 8;
-    const float zero = p.element.zeros ? blockValue(w.zero, n, min(k, p.k - 1)) : 0.0f;
-    uint32_t pairs[4];
-    if constexpr (ahead) Codes::decode(reinterpret_cast<const uint8_t*>(words), 0, p.element, zero, pairs);
-    else Codes::decode(w.codes + n * p.rowBytes, octet * Codes::bits, p.element, zero, pairs);
-    const float factor = p.scaledW ? decodeScale(w.scale.codec, scale) : 1.0f;
+    float values[8] = {};
+    if (k < p.k) {
+      const float zero = p.element.zeros ? blockValue(w.zero, n, k) : 0.0f;
+      const float factor = p.scaledW ? blockValue(w.scale, n, k) : 1.0f;
+      decodeOctet<Codes>(p, w.codes + n * p.rowBytes, octet * Codes::bits, zero, values);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int low = Codes::interleaved ? i : 2 * i, high = Codes::interleaved ? i + 4 : 2 * i + 1;
-      values[low] = __uint_as_float(pairs[i] << 16) * factor * power;
-      values[high] = __uint_as_float(pairs[i] & 0xffff0000u) * factor * power;
+      for (int i = 0; i < 8; i++) values[i] = k + i < p.k ? values[i] * factor * power : 0.0f;
     }
+    if (p.wParts == 1) storeOctet(p.carrier, out, octet, values);
+    for (int part = 0; p.wParts > 1 && part < p.wParts; part++) {
+      uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (k + i >= p.k) values[i] = 0.0f;
+      for (int i = 0; i < 4; i++)
+        words[i] = carry(p.carrier, values[2 * i], part) | carry(p.carrier, values[2 * i + 1], part) << 16;
+      *reinterpret_cast<uint4*>(out + part * partBytes + octet * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
   }
-};
-
-__device__ __forceinline__ uint32_t pairOf(Carrier carrier, float low, float high) {
-  if (carrier == Carrier::f16) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 /** One warp a row of weights: [matrix][part][row][columns]. */
 template <class Codes>
 __global__ void __launch_bounds__(kThreads) carryW(const __grid_constant__ GemmParams p) {
-  constexpr int ahead = 4;
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (row >= p.parts * p.n) return;
   const int matrix = row / p.n, n = row - matrix * p.n;
   const Weights& w = p.weights[matrix];
-  const int shift = (w.scale.k & (w.scale.k - 1)) == 0 ? 31 - __clz(w.scale.k) : -1;
   const int zeros = zeroColumns(p);
   const int kEnd = p.columns - zeros;
   float2 power = make_float2(1.0f, 1.0f);
   if (p.carrier == Carrier::f16) {
     // No code is larger than 2^bits; a zero point's own code is a bf16 of its row.
+    const int64_t scaleRow = int64_t(n / w.scale.rows) * w.scale.columns, zeroRow = int64_t(n / w.zero.rows) * w.zero.columns;
     float most = 0.0f;
     for (int i = lane; i < w.scale.columns; i += 32) {
-      const float scale = decodeScale(w.scale.codec, loadScaleBits(w.scale, int64_t(n / w.scale.rows) * w.scale.columns + i));
-      most = fmaxf(most, fabsf(scale) * (1 << (Codes::bits - 1)));
-      if (zeros > 0) {
-        const int64_t at = int64_t(n / w.zero.rows) * w.zero.columns + i;
-        most = fmaxf(most, fabsf(decodeScale(w.zero.codec, loadScaleBits(w.zero, at))));
-      }
+      const uint32_t scale = loadScaleBits(w.scale, scaleRow + i);
+      const uint32_t zero = zeros > 0 ? loadScaleBits(w.zero, zeroRow + i) : 0;
+      most = fmaxf(most, fabsf(decodeScale(w.scale.codec, scale)) * (1 << (Codes::bits - 1)));
+      if (zeros > 0) most = fmaxf(most, fabsf(decodeScale(w.zero.codec, zero)));
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
@@ -305,48 +344,22 @@ __global__ void __launch_bounds__(kThreads) carryW(const __grid_constant__ GemmP
   if (lane == 0)
     p.wFactor[row] = power.y * (p.scaledW ? 1.0f : blockValue(w.scale, n, 0)) * blockValue(w.outer, n, 0);
   if (p.carrier == Carrier::stored) return;
-  const bool bytes = p.carrier == Carrier::s8;
-  uint8_t* outBytes = p.wCarrier + int64_t(row) * p.columns;
-  uint16_t* out = reinterpret_cast<uint16_t*>(p.wCarrier) + (int64_t(matrix) * p.wParts * p.n + n) * p.columns;
-  const int64_t partStride = int64_t(p.n) * p.columns;
-  for (int begin = lane; begin < kEnd / 8; begin += 32 * ahead) {
-    Octet<Codes> octets[ahead];
-#pragma unroll
-    for (int i = 0; i < ahead; i++) {
-      const int octet = begin + 32 * i;
-      if (octet * 8 < p.k) octets[i].fetch(p, w, n, octet, shift);
-    }
-#pragma unroll
-    for (int i = 0; i < ahead; i++) {
-      const int octet = begin + 32 * i;
-      if (octet >= kEnd / 8) break;
-      float v[8] = {};
-      if (octet * 8 < p.k) octets[i].decode(p, w, n, octet, power.x, v);
-      if (bytes) {
-        uint32_t words[2] = {0, 0};
-#pragma unroll
-        for (int j = 0; j < 8; j++) words[j / 4] |= (static_cast<uint32_t>(static_cast<int>(v[j])) & 255u) << (8 * (j % 4));
-        *reinterpret_cast<uint2*>(outBytes + octet * 8) = make_uint2(words[0], words[1]);
-      } else if (p.wParts == 1) {
-        *reinterpret_cast<uint4*>(out + octet * 8) = make_uint4(pairOf(p.carrier, v[0], v[1]), pairOf(p.carrier, v[2], v[3]),
-                                                                pairOf(p.carrier, v[4], v[5]), pairOf(p.carrier, v[6], v[7]));
-      } else {
-        for (int part = 0; part < p.wParts; part++) {
-          uint32_t words[4];
-#pragma unroll
-          for (int j = 0; j < 4; j++) words[j] = carry(p.carrier, v[2 * j], part) | carry(p.carrier, v[2 * j + 1], part) << 16;
-          *reinterpret_cast<uint4*>(out + part * partStride + octet * 8) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
-    }
+  const int bytes = p.carrier == Carrier::s8 ? 1 : 2;
+  uint8_t* out = p.wCarrier + (int64_t(matrix) * p.wParts * p.n + n) * p.columns * bytes;
+  const int64_t partBytes = int64_t(p.n) * p.columns * bytes;
+  bool vectors = false;
+  if constexpr (Codes::bits == 4 || Codes::bits == 8) {
+    const bool regular = (w.scale.k & (w.scale.k - 1)) == 0 || !p.scaledW;
+    vectors = regular && p.wParts == 1 && !p.element.zeros && p.k % 8 == 0;
+    if (vectors) carryVectors<Codes>(p, w, n, power.x, 31 - __clz(w.scale.k), out, kEnd / 8);
   }
-  for (int i = lane; i < zeros; i += 32) {
-    const int group = i / 2;
-    float zero = 0.0f;
-    if (group < w.zero.columns)
-      zero = decodeScale(w.zero.codec, loadScaleBits(w.zero, int64_t(n / w.zero.rows) * w.zero.columns + group)) * power.x;
+  if (!vectors) carryElements<Codes>(p, w, n, power.x, out, partBytes, kEnd / 8);
+  // A zero point meets both halves of a sum.
+  for (int group = lane; group < zeros / 2; group += 32) {
+    const float zero = group < w.zero.columns ? blockValue(w.zero, n, group * w.zero.k) * power.x : 0.0f;
+    const uint32_t half = carry(Carrier::f16, zero, 0);
     for (int part = 0; part < p.wParts; part++)
-      out[part * partStride + kEnd + i] = static_cast<uint16_t>(part == 0 ? carry(Carrier::f16, zero, 0) : 0);
+      *reinterpret_cast<uint32_t*>(out + part * partBytes + (kEnd + group * 2) * 2) = part == 0 ? half | half << 16 : 0;
   }
 }
 

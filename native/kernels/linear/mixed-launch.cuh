@@ -29,13 +29,14 @@ cudaError_t launchMixed(const Launch& launch, MixedParams p, int rows, uint64_t 
   const Context& device = *launch.context;
   const int stagesOfK = mixedStages(p.k);
   const int64_t columnBytes = int64_t(p.passes) * stagesOfK * N * kMixedK * 2;
-  const int64_t sumBytes = p.floatZero ? int64_t(p.passes) * stagesOfK * promotionsOf(p) * N * 4 : 0;
+  const int64_t sumBytes = p.floatZero ? int64_t(p.passes) * stagesOfK * N * kMixedSumBytes : 0;
   if (static_cast<uint64_t>(columnBytes + sumBytes + int64_t{4} * rows) > scratchBytes) return cudaErrorMemoryAllocation;
-  p.sums = reinterpret_cast<float*>(p.columns + columnBytes);
+  p.sums = p.columns + columnBytes;
+  p.multipliesSums = Mode::floatZero;
   p.factors = reinterpret_cast<float*>(p.columns + columnBytes + sumBytes);
 
   const auto bytesWith = [&](int stages) {
-    return static_cast<size_t>(MixedShared<Codes::bits, N>(stages, p.floatZero).total) + 1024;
+    return static_cast<size_t>(MixedShared<Codes::bits, N>(stages, Mode::floatZero).total) + 1024;
   };
   // Two blocks a multiprocessor where each has room for three stages.
   const size_t half = (device.sharedPerBlock + 1024) / 2 - 1024;

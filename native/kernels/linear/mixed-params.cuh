@@ -24,7 +24,12 @@ constexpr int kMixedPitch = kMixedRows + 4;
 struct MixedParams : SkinnyParams {
   int tiles = 0, passes = 1, slices = 1;
   uint8_t* columns = nullptr;  // prepared x: [pass][stage][K / 64][N][64] bf16, swizzled
-  float* sums = nullptr;       // of x, with float zero points: [pass][stage][promotion][N]
+  /**
+   * With float zero points, sums of x over what is promoted together. Those that the matrix unit multiplies are [pass][stage][N][8]
+   * bf16, three parts of each of two sums, and zeros; others are [pass][stage][promotion][N] float32.
+   */
+  uint8_t* sums = nullptr;
+  bool multipliesSums = false;
   float* factors = nullptr;    // of the rows of x
 };
 
@@ -38,6 +43,8 @@ struct MixedRow {
 __host__ __device__ inline int mixedStages(int k) { return (k + kMixedK - 1) / kMixedK; }
 /** Promotions of a stage. */
 __host__ __device__ inline int promotionsOf(const MixedParams& p) { return kMixedSegments / p.unit; }
+/** Bytes of a column's sums of x in a stage: of up to four float32, or of eight bf16. */
+constexpr int kMixedSumBytes = 16;
 
 constexpr int kMostMixedStages = 8;
 struct MixedBarriers {
@@ -48,11 +55,12 @@ struct MixedBarriers {
 template <int Bits, int N>
 struct MixedShared {
   static constexpr int columnBytes = N * kMixedK * 2;
+  static constexpr int sumBytes = N * kMixedSumBytes;
   static constexpr int codeBytes = kMixedRows * MixedRow<Bits>::pitch;
   int sums, codes, barriers, total;
-  __host__ __device__ MixedShared(int stages, bool floatZero) {
+  __host__ __device__ MixedShared(int stages, bool multipliesSums) {
     sums = stages * columnBytes;
-    codes = sums + (floatZero ? stages * N * kMixedSegments * 4 : 0);
+    codes = sums + (multipliesSums ? stages * sumBytes : 0);
     const int ring = codes + stages * codeBytes + 16;  // fields of odd widths are read a word beyond their end
     const int sheet = N * kMixedPitch * 4;
     barriers = ring > sheet ? ring : sheet;

@@ -72,7 +72,7 @@ __device__ __forceinline__ void fetchMixed(const MixedParams& p, uint8_t* shared
   const int thread = threadIdx.x - kMixedWorkers * 32;
   const bool leads = thread == 0;
   const CodePieces<Bits> pieces(p, tile, thread);
-  const int sumBytes = p.floatZero ? promotionsOf(p) * N * 4 : 0;
+  const int sumBytes = p.multipliesSums ? Shared::sumBytes : 0;
   const int64_t first = int64_t(pass) * mixedStages(p.k);
   const auto fetchCodesTo = [&](int place, int stage) {
     pieces.fetch(p, sharedAddress(shared + at.codes + place * Shared::codeBytes), tile, thread, stage);
@@ -85,8 +85,7 @@ __device__ __forceinline__ void fetchMixed(const MixedParams& p, uint8_t* shared
     hopper::loadBytes(shared + place * Shared::columnBytes, p.columns + (first + stage) * Shared::columnBytes, full,
                       Shared::columnBytes);
     if (sumBytes > 0)
-      hopper::loadBytes(shared + at.sums + place * (N * kMixedSegments * 4),
-                        reinterpret_cast<const uint8_t*>(p.sums) + (first + stage) * sumBytes, full, sumBytes);
+      hopper::loadBytes(shared + at.sums + place * Shared::sumBytes, p.sums + (first + stage) * sumBytes, full, sumBytes);
   };
   const int ahead = min(p.stages, end - begin);
   for (int i = 0; i < ahead; i++) fetchCodesTo(i, begin + i);

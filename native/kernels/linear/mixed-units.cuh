@@ -27,5 +27,11 @@ FEWBIT_MIXED_PRODUCT(32, FEWBIT_MIXED_R16, FEWBIT_MIXED_D16(d, 0), "%16", "%17",
 FEWBIT_MIXED_PRODUCT(64, FEWBIT_MIXED_R32, FEWBIT_MIXED_D32(d, 0), "%32", "%33", "%34", "%35", "%36", "%37")
 FEWBIT_MIXED_PRODUCT(128, FEWBIT_MIXED_R64, FEWBIT_MIXED_D64(d), "%64", "%65", "%66", "%67", "%68", "%69")
 
+/** Describes N rows of 16 bytes side by side, not swizzled, as columns of 16 elements: the last eight are the first again. */
+__device__ __forceinline__ uint64_t sumsTile(const void* at) {
+  constexpr uint64_t groupBytes = 8 * 16;  // from eight rows to the next eight; from eight elements to the next none
+  return static_cast<uint64_t>((hopper::shared(at) & 0x3ffff) >> 4) | (groupBytes >> 4) << 32;
+}
+
 }  // namespace fewbit::linear
 #endif

@@ -31,6 +31,29 @@ __device__ __forceinline__ float storeOctet(const MixedParams& p, const Octet<Or
   return sum;
 }
 
+/**
+ * Stores sums of x over what is promoted together, from those of octets: `stage` counts on from pass to pass, `at` is the octet's place
+ * in it. Columns of other parts than the first have none, because zero points multiply x once.
+ */
+__device__ __forceinline__ void storeSums(const MixedParams& p, float sum, int64_t stage, int n, int m, int at, bool stores) {
+  const int octets = 4 * p.unit;  // of a promotion, side by side in a warp
+  for (int apart = octets / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+  if (p.multipliesSums) {
+    const float next = __shfl_down_sync(~0u, sum, octets % 16);
+    if (!stores || at != 0) return;
+    uint32_t first[3], second[3] = {0, 0, 0};
+    splitBf16(sum, first);
+    if (octets < 16) splitBf16(next, second);
+    uint4* sums = reinterpret_cast<uint4*>(p.sums) + stage * n + m;
+    *sums = make_uint4(first[0] | second[0] << 16, first[1] | second[1] << 16, first[2] | second[2] << 16, 0);
+    for (int part = 1; part < p.parts3; part++) sums[part * p.columnsOfX] = make_uint4(0, 0, 0, 0);
+  } else if (stores && at % octets == 0) {
+    float* sums = reinterpret_cast<float*>(p.sums) + (stage * promotionsOf(p) + at / octets) * n + m;
+    *sums = sum;
+    for (int part = 1; part < p.parts3; part++) sums[part * p.columnsOfX] = 0.0f;
+  }
+}
+
 /** One thread for eight elements of a row of x; grid (octets of K, rows of x). `n` columns a pass. */
 template <class Order>
 __global__ void __launch_bounds__(256) prepareColumns(const __grid_constant__ MixedParams p, int n) {
@@ -80,15 +103,7 @@ __global__ void __launch_bounds__(256) prepareColumns(const __grid_constant__ Mi
     }
     sum = storeOctet(p, values, to, n, m, at, stores);
   }
-  if (p.floatZero) {
-    const int octets = 4 * p.unit;  // of a promotion, side by side in a warp
-    for (int apart = octets / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
-    if (stores && at % octets == 0) {
-      float* sums = p.sums + ((int64_t(pass) * stages + stage) * promotionsOf(p) + at / octets) * n + m;
-      sums[0] = sum;
-      for (int part = 1; part < p.parts3; part++) sums[part * p.columnsOfX] = 0.0f;  // zero points multiply x once
-    }
-  }
+  if (p.floatZero) storeSums(p, sum, int64_t(pass) * stages + stage, n, m, at, stores);
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.global;" ::: "memory");  // the unit for copies reads what was stored here
 #endif

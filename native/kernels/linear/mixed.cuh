@@ -3,7 +3,8 @@
 // A block owns 128 rows of the weights. Four warps stream their codes and prepared x (mixed-x.cuh) into a ring of shared memory; two
 // warpgroups decode 64 rows each into registers, the left operand of the matrix unit, which takes all columns of x at once: a code is
 // read and decoded once. Codes are bf16 exactly and a float32 is three columns of bf16, as in skinny.cuh; sums are float32, and scales
-// multiply the partial sums of what shares them. Blocks of a cluster share a tile's K, and add up what each found in a fixed order.
+// multiply the partial sums of what shares them; zero points that are added multiply sums of x. Blocks of a cluster share a tile's K,
+// and add up what each found in a fixed order.
 #pragma once
 #include <type_traits>
 
@@ -28,7 +29,7 @@ struct MixedSums {
   __device__ __forceinline__ void promoteZeros(float low, float high, const float* sumsOfX) {
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
-      const float2 of = *reinterpret_cast<const float2*>(sumsOfX + j * 8);
+      const float2 of = __ldcg(reinterpret_cast<const float2*>(sumsOfX + j * 8));
       total[4 * j] = fmaf(low, of.x, total[4 * j]);
       total[4 * j + 1] = fmaf(low, of.y, total[4 * j + 1]);
       total[4 * j + 2] = fmaf(high, of.x, total[4 * j + 2]);
@@ -69,7 +70,7 @@ struct RawCodes {
 /** Eight warps decode and multiply what the ring brings. */
 template <class Codes, int N, class Mode>
 __device__ __forceinline__ void multiplyMixed(const MixedParams& p, uint8_t* shared, const MixedShared<Codes::bits, N>& at, int tile,
-                                              int begin, int end, MixedSums<N>& of) {
+                                              int pass, int begin, int end, MixedSums<N>& of) {
   using Shared = MixedShared<Codes::bits, N>;
   using Row = MixedRow<Codes::bits>;
   constexpr bool promotes = Mode::scaled || !Mode::fixed;
@@ -93,6 +94,7 @@ __device__ __forceinline__ void multiplyMixed(const MixedParams& p, uint8_t* sha
   if constexpr (Mode::scaled) next.load(p);
   if constexpr (!Mode::fixed) nextAny.load(p, rows, begin, lane);
   if constexpr (Mode::folds) nextFold.load(p, rows, begin, lane);
+  if (!Mode::fixed && p.floatZero) awaitPredecessor();  // sums of x are read from where they were written
   uint32_t a[2][8];
   RingPlace place;
   int before = 0;
@@ -120,27 +122,35 @@ __device__ __forceinline__ void multiplyMixed(const MixedParams& p, uint8_t* sha
     barrierAwait(&barriers.full[place.stage], place.parity);
     const uint8_t* codes = shared + at.codes + place.stage * Shared::codeBytes + row * Row::pitch;
     const uint64_t x = hopper::tile(shared + place.stage * Shared::columnBytes);
+    if constexpr (Mode::floatZero) {
+      // Zero points of two promotions are a lane's two elements of K, thrice: for the parts of the sums of x.
+      a[1][0] = t < 3 ? scales.zero[0][0] : 0;
+      a[1][1] = t < 3 ? scales.zero[1][0] : 0;
+      a[1][2] = a[1][3] = 0;
+      hopper::productFence();
+      product(of.total, a[1], sumsTile(shared + at.sums + place.stage * Shared::sumBytes), 1);
+      hopper::productCommit();
+    }
     Raw raw;
-    const float* sumsOfX = reinterpret_cast<const float*>(shared + at.sums) + place.stage * (N * kMixedSegments) + 2 * t;
 #pragma unroll
     for (int segment = 0; segment < kMixedSegments; segment++) {
       const int promotion = Mode::fixed ? segment / Mode::unit : segment >> shift;
       const bool fresh = promotes ? (segment & (unit - 1)) == 0 : segment == 0 && stage == begin;
       const bool last = promotes && (segment & (unit - 1)) == unit - 1;
       const int from = (lane & ~3) | promotion;
-      float zeros[2] = {0.0f, 0.0f};
+      float subtracted[2] = {0.0f, 0.0f};
       if (!Mode::fixed && element.zeros) {
-        zeros[0] = __shfl_sync(~0u, zero[0], from);
-        zeros[1] = __shfl_sync(~0u, zero[1], from);
+        subtracted[0] = __shfl_sync(~0u, zero[0], from);
+        subtracted[1] = __shfl_sync(~0u, zero[1], from);
       }
       uint32_t low[4], high[4];
       if constexpr (Raw::whole) {
         if (segment % together == 0) raw.load(codes + segment * 4 * Codes::bits, t);
-        Codes::decode(reinterpret_cast<const uint8_t*>(raw.words[segment % together][0]), 0, element, zeros[0], low);
-        Codes::decode(reinterpret_cast<const uint8_t*>(raw.words[segment % together][1]), 0, element, zeros[1], high);
+        Codes::decode(reinterpret_cast<const uint8_t*>(raw.words[segment % together][0]), 0, element, subtracted[0], low);
+        Codes::decode(reinterpret_cast<const uint8_t*>(raw.words[segment % together][1]), 0, element, subtracted[1], high);
       } else {
-        Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, zeros[0], low);
-        Codes::decode(codes + 8 * Row::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, zeros[1], high);
+        Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, subtracted[0], low);
+        Codes::decode(codes + 8 * Row::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, subtracted[1], high);
       }
       if constexpr (Mode::folds) {
         const __nv_bfloat162 f0 = fold.factorOf(0, segment, lane), f1 = fold.factorOf(1, segment, lane);
@@ -167,16 +177,18 @@ __device__ __forceinline__ void multiplyMixed(const MixedParams& p, uint8_t* sha
         hopper::pin(of.sum);
         hopper::pin(a[0]);
         hopper::pin(a[1]);
+        if constexpr (Mode::floatZero) hopper::pin(of.total);
         if constexpr (Mode::fixed) {
           of.promote(scales.scaleOf(0, promotion), scales.scaleOf(1, promotion));
-          if constexpr (Mode::floatZero)
-            of.promoteZeros(scales.bf16Of(scales.zero[0], promotion), scales.bf16Of(scales.zero[1], promotion), sumsOfX + promotion * N);
         } else if (p.promote == Promote::integer) {
           of.promoteIntegers();
         } else {
           of.promote(__shfl_sync(~0u, scale[0], from), __shfl_sync(~0u, scale[1], from));
-          if (p.floatZero)
-            of.promoteZeros(__shfl_sync(~0u, zero[0], from), __shfl_sync(~0u, zero[1], from), sumsOfX + promotion * N);
+          if (p.floatZero) {
+            const int64_t before = (int64_t(pass) * mixedStages(p.k) + stage) * promotionsOf(p) + promotion;
+            of.promoteZeros(__shfl_sync(~0u, zero[0], from), __shfl_sync(~0u, zero[1], from),
+                            reinterpret_cast<const float*>(p.sums) + before * N + 2 * t);
+          }
         }
       } else {
         hopper::productWait<1>();
@@ -185,11 +197,8 @@ __device__ __forceinline__ void multiplyMixed(const MixedParams& p, uint8_t* sha
       if (!promotes && segment == 0 && stage > begin && lane == 0) barrierArrive(&barriers.empty[before]);
     }
     before = place.stage;
-    if constexpr (promotes) {
-      hopper::pin(of.total);
-      __syncwarp();  // sums of x are there, and added
-      if (lane == 0) barrierArrive(&barriers.empty[before]);
-    }
+    // Products that ended have used all that was read of the stage: a load still on its way could find what is fetched next.
+    if (promotes && lane == 0) barrierArrive(&barriers.empty[before]);
     place.advance(p.stages);
   }
   hopper::productWait<0>();
@@ -208,7 +217,7 @@ __global__ void __launch_bounds__(kMixedThreads, mixedBlocks(N)) mixed(const __g
   extern __shared__ uint8_t raw[];
   // The same offset in every block of a cluster: they read each other's sums.
   uint8_t* shared = raw + (1024 - sharedAddress(raw) % 1024) % 1024;
-  const MixedShared<Codes::bits, N> at(p.stages, p.floatZero);
+  const MixedShared<Codes::bits, N> at(p.stages, Mode::floatZero);
   MixedBarriers& barriers = *reinterpret_cast<MixedBarriers*>(shared + at.barriers);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   releaseSuccessor();
@@ -241,7 +250,7 @@ __global__ void __launch_bounds__(kMixedThreads, mixedBlocks(N)) mixed(const __g
   else asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
   float* sheet = reinterpret_cast<float*>(shared);
   MixedSums<N> of;
-  multiplyMixed<Codes, N, Mode>(p, shared, at, tile, begin, end, of);
+  multiplyMixed<Codes, N, Mode>(p, shared, at, tile, pass, begin, end, of);
   hopper::turnWait(1, kMixedWorkers * 32);  // the ring is read: the sums take its place
   of.store(Mode::scaled || !Mode::fixed, sheet, warp * 16 + threadIdx.x % 32 / 4, threadIdx.x % 4);
   awaitPredecessor();

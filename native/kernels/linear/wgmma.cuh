@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 
+#include "wgmma-finish.cuh"
 #include "wgmma-units.cuh"
 #include "wgmma.hpp"
 
@@ -14,18 +15,7 @@ namespace {
 
 constexpr int kTileRows = 128;
 constexpr int kProductThreads = 384;
-constexpr int kStagedPitch = 40;  // rows of staged sums fall on different banks
 constexpr int kGroupRows = 2048;  // of x, that are walked over before the next rows of W
-
-struct ProductParams {
-  Extent rows;
-  const uint32_t* symbols;
-  int n, parts, steps;
-  int cluster;
-  bool vector;  // four neighbouring outputs can be stored at once
-  Blocks scaleX[2], scaleW[2][2];
-  Epilogue epilogue;
-};
 
 template <int N>
 struct ProductMemory {
@@ -85,144 +75,6 @@ struct TileWalk {
   }
 };
 
-/** Codes of a factor's levels and a bias: fetched early, decoded when the sums are there. */
-struct Factor {
-  uint32_t bits[2] = {0, 0};
-  float bias = 0.0f;
-  __device__ __forceinline__ void fetch(const Blocks (&scale)[2], const float* biases, int row) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (scale[i].codec != ScaleCodec::none) bits[i] = loadScaleBits(scale[i], int64_t(row / scale[i].rows) * scale[i].columns);
-      asm volatile("" : "+r"(bits[i]));  // not to be moved behind the products
-    }
-    if (biases != nullptr) bias = __ldg(biases + row);
-    asm volatile("" : "+f"(bias));
-  }
-  __device__ __forceinline__ float value(const Blocks (&scale)[2]) const {
-    return decodeScale(scale[0].codec, bits[0]) * decodeScale(scale[1].codec, bits[1]);
-  }
-};
-
-__device__ __forceinline__ float stagedBits(float sum) { return sum; }
-__device__ __forceinline__ float stagedBits(uint32_t sum) { return __uint_as_float(sum); }
-__device__ __forceinline__ float sumOf(float, float staged) { return staged; }
-__device__ __forceinline__ float sumOf(uint32_t, float staged) { return static_cast<float>(__float_as_int(staged)); }
-
-/** A warp's 32 sums of each of 16 rows, as its threads hold them; of a gated product 16 of gate, then the 16 of up. */
-template <int N, class Value>
-__device__ __forceinline__ void stage(float (&to)[16][kStagedPitch], const Value (&d)[N / 2], int chunk, bool gated) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < N / 32; c++) {
-    if (c != chunk) continue;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int alone = 4 * (4 * c + i), paired = 4 * (2 * c + i % 2 + i / 2 * (N / 16));
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        *reinterpret_cast<float2*>(&to[lane / 4 + 8 * half][8 * i + 2 * (lane % 4)]) =
-            make_float2(stagedBits(gated ? d[paired + 2 * half] : d[alone + 2 * half]),
-                        stagedBits(gated ? d[paired + 2 * half + 1] : d[alone + 2 * half + 1]));
-    }
-  }
-}
-
-__device__ __forceinline__ void storeFour(const ProductParams& p, int m, int n, const float (&v)[4]) {
-  if (p.vector) {
-    if (n < p.n) p.epilogue.store4(m, n, make_float4(v[0], v[1], v[2], v[3]));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    if (n + i < p.n) p.epilogue.store(m, n + i, v[i]);
-}
-
-__device__ __forceinline__ void loadFour(const ProductParams& p, int m, int n, float (&v)[4]) {
-  const Dense& residual = p.epilogue.residual;
-  if (p.vector) {
-    if (n >= p.n) return;
-    const float4 four = *reinterpret_cast<const float4*>(&residual(m, n));
-    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    if (n + i < p.n) v[i] = residual(m, n + i);
-}
-
-/** `activate` of the first or of all rows; silu, which prompts of language models wait for, from the fast exponential and quotient. */
-__device__ __forceinline__ void activateRows(Activation fn, bool all, float (&v)[4][4]) {
-  if (fn == Activation::silu) {
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-      if (i < 8 || all) v[i / 4][i % 4] = __fdividef(v[i / 4][i % 4], 1.0f + __expf(-v[i / 4][i % 4]));
-  } else if (fn == Activation::relu) {
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-      if (i < 8 || all) v[i / 4][i % 4] = activate(Activation::relu, v[i / 4][i % 4]);
-  } else if (fn != Activation::none) {
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-      if (i < 8 || all) v[i / 4][i % 4] = activate(fn, v[i / 4][i % 4]);
-  }
-}
-
-/** A warp's sums d of 16 rows from m0 on, and the columns from n0 on, to outputs. */
-template <int N, class Value>
-__device__ __forceinline__ void finishTile(const ProductParams& p, const Value (&d)[N / 2], float (&staged)[16][kStagedPitch],
-                                           const float2 (&columns)[N], float ofRow, int m0, int n0, int rows) {
-  const int lane = threadIdx.x % 32;
-  const bool gated = p.parts == 2;
-  const Activation fn = p.epilogue.fn;
-  const int lanes = gated ? 4 : 8;  // that hold a row of a chunk, four outputs each
-  const int width = 4 * lanes;
-  const auto rowOf = [&](int i) { return gated ? i % 2 * 8 + lane / 4 : i * 4 + lane / 8; };
-  const bool adds = p.epilogue.residual.at != nullptr;
-  float added[4][4] = {};
-  const auto fetch = [&](int n) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (m0 + rowOf(i) < rows) loadFour(p, m0 + rowOf(i), n, added[i]);
-  };
-  if (adds) fetch(n0 + 4 * (lane % lanes));
-#pragma unroll 1
-  for (int chunk = 0; chunk < N / 32; chunk++) {
-    const int at = chunk * width + 4 * (lane % lanes);
-    if (n0 + chunk * width >= p.n) break;
-    stage<N>(staged, d, chunk, gated);
-    __syncwarp();
-    // Four rows of the thread's outputs; of a gated product two of gate and the same two of up.
-    float v[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const bool up = gated && i >= 2;
-      const float4 sums = *reinterpret_cast<const float4*>(&staged[rowOf(i)][4 * (lane % lanes) + (up ? 16 : 0)]);
-      const float4* of = reinterpret_cast<const float4*>(&columns[at + (up ? N / 2 : 0)]);
-      const float4 first = of[0], second = of[1];
-      const float factor = __shfl_sync(~0u, ofRow, rowOf(i));
-      v[i][0] = sumOf(Value(), sums.x) * (factor * first.x) + first.y;
-      v[i][1] = sumOf(Value(), sums.y) * (factor * first.z) + first.w;
-      v[i][2] = sumOf(Value(), sums.z) * (factor * second.x) + second.y;
-      v[i][3] = sumOf(Value(), sums.w) * (factor * second.z) + second.w;
-    }
-    __syncwarp();
-    if (adds) {
-#pragma unroll
-      for (int i = 0; i < 16; i++) v[i / 4][i % 4] += added[i / 4][i % 4];
-      if (chunk + 1 < N / 32) fetch(n0 + at + width);  // before these are stored: memory is far
-    }
-    activateRows(fn, !gated, v);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (gated && i >= 2) break;
-      if (gated) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) v[i][j] *= v[i % 2 + 2][j];
-      }
-      if (m0 + rowOf(i) < rows) storeFour(p, m0 + rowOf(i), n0 + at, v[i]);
-    }
-  }
-}
 #endif
 
 /** The second map is that of up; W's boxes are of N / 2 rows. One block a multiprocessor. */
@@ -331,7 +183,14 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         mem.columns[turn][column] = make_float2(ofW[i].value(p.scaleW[column / width]), ofW[i].bias);
       }
       turnWait(1 + turn, 128);
-      finishTile<N>(p, d, mem.staged[turn * 4 + warp], mem.columns[turn], ofX.value(p.scaleX), m0, n0, rows);
+      const float2(&columns)[N] = mem.columns[turn];
+      const float factor = ofX.value(p.scaleX);
+      const bool rounded = p.epilogue.rounding != Rounding::none;
+      if (!p.direct) finishTile<N>(p, d, mem.staged[turn * 4 + warp], columns, factor, m0, n0, rows);
+      else if (gated && rounded) finishDirect<N, true, true>(p, d, columns, factor, m0, n0, rows);
+      else if (gated) finishDirect<N, true, false>(p, d, columns, factor, m0, n0, rows);
+      else if (rounded) finishDirect<N, false, true>(p, d, columns, factor, m0, n0, rows);
+      else finishDirect<N, false, false>(p, d, columns, factor, m0, n0, rows);
     }
   }
   __syncthreads();
@@ -400,6 +259,8 @@ cudaError_t runProduct(const Launch& launch, const Product& product) {
     return dense.at == nullptr || ((reinterpret_cast<uintptr_t>(dense.at) | (dense.stride * bytes)) & (4 * bytes - 1)) == 0;
   };
   p.vector = p.n % 4 == 0 && aligned(e.out, outBytes) && aligned(e.residual, 4);
+  const Activation fast = p.parts == 2 ? Activation::silu : Activation::relu;
+  p.direct = p.vector && e.residual.at == nullptr && (e.fn == fast || (p.parts == 1 && e.fn == Activation::none));
   for (int level = 0; level < 2; level++) {
     p.scaleX[level] = product.scaleX[level];
     for (int part = 0; part < 2; part++) p.scaleW[part][level] = product.scaleW[part][level];

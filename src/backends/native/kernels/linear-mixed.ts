@@ -1,6 +1,5 @@
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { TRIALS } from "../capabilities.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
 import { formatsOf, LinearArguments } from "./linear-arguments.js";
 import { decodedObstacle, promotion, SEGMENT } from "./linear-decoded.js";
@@ -9,8 +8,9 @@ import { needsFeature } from "./sdpa-step.js";
 
 const MIXED: Entry = { name: "linear/mixed", abi: 1 };
 
-/** Segments of a stage, as in mixed-params.cuh. */
+/** Segments of a stage, and bytes of a column's sums of x in one, as in mixed-params.cuh. */
 const SEGMENTS = 4;
+const SUM_BYTES = 16;
 /** Columns of x, as bf16 numbers, of one pass over the weights; fewer are padded. */
 const MOST_COLUMNS = 128;
 /** The widths that kernels for every format have. */
@@ -37,12 +37,12 @@ const decodes: Requirement = {
 /** x as columns of bf16, a pass after the other, with float zero points its sums over what is promoted together, and a factor a row. */
 function scratchBytes(bound: BoundStep): number {
   const { weight, k } = formatsOf(bound);
-  const { unit, parts } = promotion(bound, SEGMENTS);
+  const { parts } = promotion(bound, SEGMENTS);
   const rows = bound.outputRows;
   const passes = Math.ceil(rows / Math.floor(MOST_COLUMNS / parts));
   const width = (passes === 1 ? WIDTHS.find((columns) => columns >= rows * parts) : undefined) ?? MOST_COLUMNS;
   const stages = Math.ceil(k / (SEGMENTS * SEGMENT));
-  const sums = weight.zero.domain === "float" ? (SEGMENTS / unit) * 4 : 0;
+  const sums = weight.zero.domain === "float" ? SUM_BYTES : 0;
   return passes * stages * width * (SEGMENTS * SEGMENT * 2 + sums) + 4 * rows;
 }
 
@@ -54,7 +54,6 @@ export const MIXED_KERNELS: readonly NativeKernel[] = [
     entries: [MIXED],
     requires: [
       needsFeature("sm_90", "it is written for the matrix units of compute capability 9.0"),
-      needsFeature(TRIALS.mixed, "it is on trial: it failed a case on an H100 (int4, K 14336), and was not run since"),
       described,
       someRows,
       decodes,
