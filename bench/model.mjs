@@ -25,6 +25,17 @@ export async function model(session, options) {
       session.refuse(about, error);
     }
   }
+  const rates = (recipe, pass) =>
+    [false, true].map((theirs) => {
+      const own = (row) => row.recipe === recipe && row.pass === pass && (row.peer !== undefined) === theirs;
+      const rate = session.rows.find((row) => own(row) && row.rate !== undefined)?.rate;
+      return rate === undefined ? "-" : Number(rate.toPrecision(4));
+    });
+  session.note("\ntokens/s (PyTorch's as its lines above say):");
+  session.table([
+    ["recipe", "decode", "PyTorch", "prompt", "PyTorch"],
+    ...cases.recipes.map((recipe) => [recipe, ...rates(recipe, "decode"), ...rates(recipe, "prefill")]),
+  ]);
   return session.rows;
 }
 

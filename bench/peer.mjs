@@ -33,8 +33,14 @@ export async function peer(session, options) {
   for await (const line of createInterface({ input: child.stdout })) {
     const { samples, ...about } = JSON.parse(line);
     const row = { ...about, peer: "torch" };
-    if (samples === undefined) session.refuse(row, row.refused);
-    else session.record({ ...row, samples: samples.sort((a, b) => a - b) });
+    if (samples === undefined) {
+      session.refuse(row, row.refused);
+      continue;
+    }
+    samples.sort((a, b) => a - b);
+    const rate =
+      about.tokens === undefined ? {} : { rate: about.tokens / samples[samples.length >> 1], unit: "tokens/s" };
+    session.record({ ...row, ...rate, samples });
   }
   const failed = await ended;
   signal.throwIfAborted();

@@ -9,55 +9,69 @@ export async function roofline(session, options) {
   const { sizes, recipes } = casesOf("roofline", options);
   const inputs = inputFormat(options.inputs);
   const all = recipes.includes("none") ? recipes : ["none", ...recipes];
-  const predictions = [];
-  for (const recipe of all) {
-    for (const size of sizes) {
-      try {
-        predictions.push([recipe, size, predict(session, formatsOf(recipe, [size, size], inputs), size)]);
-      } catch {
-        predictions.push([recipe, size, null]);
-      }
+  const cases = sizes.flatMap((size) => all.map((recipe) => ({ recipe, size, ...formatsFor(recipe, size, inputs) })));
+  for (const each of cases) each.predicted = each.refused === undefined ? predict(session, each) : null;
+  const predicted = (recipe, size) => cases.find((c) => c.recipe === recipe && c.size === size)?.predicted ?? null;
+  const measured = (recipe, size) =>
+    session.rows.find((r) => r.recipe === recipe && r.size === size)?.median_us ?? null;
+  const gain = (times, recipe, size) => {
+    const [ours, theirs] = [times(recipe, size), times("none", size)];
+    return ours === null || theirs === null ? null : theirs / ours;
+  };
+  const time = (us) => (us == null ? "-" : Number(us.toPrecision(4)));
+  const shown = (value) => value?.toFixed(2) ?? "-";
+  const table = (title, names, cell) => {
+    session.note(`\n${title}`);
+    session.table([["recipe", ...sizes], ...names.map((name) => [name, ...sizes.map((size) => cell(name, size))])]);
+  };
+  if (session.known !== undefined) table("expected speed-up over bf16:", all, (...at) => shown(gain(predicted, ...at)));
+
+  let input = null;
+  for (const [i, each] of cases.entries()) {
+    const { recipe, size } = each;
+    session.progress(`roofline ${recipe} ${size} (${i + 1} of ${cases.length})`);
+    const about = { name: `relu, linear ${recipe} ${size}`, recipe, size };
+    try {
+      if (each.refused !== undefined) throw each.refused;
+      // The same numbers for all recipes of a size, made once.
+      if (input?.shape[0] !== size) input = randomDense([size, size]);
+      await one(session, about, each, input, (median) => {
+        const theirs = recipe === "none" ? median : (measured("none", size) ?? Number.NaN) * 1e-6;
+        const [expected, observed] = [gain(predicted, recipe, size), theirs / median];
+        return { ...(expected === null ? {} : { expected }), ...(Number.isFinite(observed) ? { observed } : {}) };
+      });
+    } catch (error) {
+      session.refuse(about, error);
     }
   }
-  const predicted = (recipe, size) => predictions.find(([r, s]) => r === recipe && s === size)?.[2] ?? null;
-  const gain = (ours, theirs) => (ours == null || theirs == null ? "" : (theirs / ours).toFixed(2));
-  if (session.known !== undefined) {
-    session.note("predicted speed-up over bf16:");
-    session.table([
-      ["recipe", ...sizes],
-      ...all.map((recipe) => [recipe, ...sizes.map((size) => gain(predicted(recipe, size), predicted("none", size)))]),
-    ]);
-  }
-  for (const recipe of all)
-    for (const size of sizes) {
-      session.progress(`roofline ${recipe} ${size}`);
-      const about = { name: `relu, linear ${recipe} ${size}`, recipe, size };
-      try {
-        await one(session, about, formatsOf(recipe, [size, size], inputs), predicted(recipe, size));
-      } catch (error) {
-        session.refuse(about, error);
-      }
-    }
-  const measured = (recipe, size) => session.rows.find((r) => r.recipe === recipe && r.size === size)?.median_us;
-  session.note("\nobserved (predicted) speed-up over bf16:");
-  session.table([
-    ["recipe", ...sizes],
-    ...all.map((recipe) => [
-      recipe,
-      ...sizes.map((size) => {
-        const expected = gain(predicted(recipe, size), predicted("none", size));
-        return `${gain(measured(recipe, size), measured("none", size)) || "-"}${expected && ` (${expected})`}`;
-      }),
-    ]),
-  ]);
+  table("observed (expected) speed-up over bf16, end to end:", all, (...at) => {
+    const expected = gain(predicted, ...at);
+    return `${shown(gain(measured, ...at))}${expected === null ? "" : ` (${shown(expected)})`}`;
+  });
+  table("us:", all, (...at) => time(measured(...at)));
+  const peers = [...new Set(session.rows.filter(({ work }) => work !== undefined).map(({ work }) => work))];
+  if (peers.length > 0)
+    table("PyTorch, us:", peers, (work, size) => {
+      const row = session.rows.find((each) => each.work === work && each.peer_size === size);
+      return time(row?.median_us);
+    });
   return session.rows;
+}
+
+/** The formats of a case, or why the recipe refuses such a layer. */
+function formatsFor(recipe, size, inputs) {
+  try {
+    return formatsOf(recipe, [size, size], inputs);
+  } catch (refused) {
+    return { refused };
+  }
 }
 
 const stepBytes = (activation, size) =>
   activation === null ? 4 * size * size : storedLayout(activation, [size, size]).bytes;
 
 /** One pass over the input, which writes what the product reads, and the product. */
-function predict(session, { weight, activation }, size) {
+function predict(session, { weight, activation, size }) {
   const input = stepBytes(activation, size);
   const before = session.predict({ bytes: 4 * size * size + input });
   const bytes = input + storedLayout(weight, [size, size]).bytes + 4 * size * size;
@@ -65,19 +79,28 @@ function predict(session, { weight, activation }, size) {
   return before === null ? null : before + product;
 }
 
-async function one(session, about, formats, predicted) {
+async function one(session, about, formats, x, gains) {
   const { size } = about;
   const { weight, activation, attrs } = formats;
   const g = graphBuilder();
-  const x = g.one("unary", [g.operand("x", null, [size, size])], { fn: "relu" }, "relu");
-  const input = activation === null ? x : g.one("quantize", [x], { format: activation }, "quantize");
+  const relu = g.one("unary", [g.operand("x", null, [size, size])], { fn: "relu" }, "relu");
+  const input = activation === null ? relu : g.one("quantize", [relu], { format: activation }, "quantize");
   g.one("linear", [input, matrix(g, "w", weight, [size, size])], attrs, "y");
-  const tensor = randomTensor(weight, [size, size]);
-  const program = await run(session, g, { weights: () => tensor, inputs: { x: randomDense([size, size]) } });
+  const program = await run(session, g, { weights: () => randomTensor(weight, [size, size]), inputs: { x } });
   const bytes = 8 * size * size + storedLayout(weight, [size, size]).bytes + 2 * stepBytes(activation, size);
-  const kernel = program.kernel("linear");
+  const [kernel, quantize] = ["linear", "quantize"].map((kind) => program.kernel(kind));
   await program.use(async () => {
     const samples = await clock(session, program);
-    session.record({ ...about, unit: unitOf(formats), kernel, samples, predicted, bytes, flops: 2 * size ** 3 });
+    session.record({
+      ...about,
+      ...gains(samples[samples.length >> 1]),
+      unit: unitOf(formats),
+      kernel,
+      ...(quantize === undefined ? {} : { quantize }),
+      samples,
+      predicted: formats.predicted,
+      bytes,
+      flops: 2 * size ** 3,
+    });
   });
 }

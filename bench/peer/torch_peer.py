@@ -12,24 +12,29 @@ except ImportError:
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import llama
+
 if not torch.cuda.is_available():
     sys.exit("torch finds no GPU")
 BENCH, RUNS = sys.argv[1], int(sys.argv[2])
 CASES = json.load(sys.stdin)
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+# What torch.compile is asked for in the roofline bench.
+COMPILED = ("none", "float8dq-row")
+NO_KERNEL = "PyTorch alone has no such kernel"
 torch.set_grad_enabled(False)
 
 
 def sample(work, pieces=1):
-    """Seconds a piece, replayed as a CUDA graph where the work can be captured."""
+    """Seconds a piece, and whether the work was replayed as a CUDA graph: where it can be captured."""
     work()
     torch.cuda.synchronize()
-    replay = work
+    replay, captured = work, False
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
-        replay = graph.replay
+        replay, captured = graph.replay, True
     except RuntimeError:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -48,18 +53,21 @@ def sample(work, pieces=1):
         end.record()
         torch.cuda.synchronize()
         samples.append(begin.elapsed_time(end) / 1e3 / runs / pieces)
-    return samples
+    return samples, captured
 
 
 def report(name, make, **about):
     row = {"name": f"torch {name}", **about}
     try:
         work, pieces, more = make()
-        row.update(samples=sample(work, pieces), **more)
+        samples, captured = sample(work, pieces)
+        row.update(samples=samples, graph=captured, **more)
+        row["name"] += ", CUDA graph" if captured else ", launched one by one"
     except Exception as error:  # Whatever PyTorch refuses is named, and the other cases go on.
         row["refused"] = str(error).split("\n")[0]
     print(json.dumps(row), flush=True)
     torch.cuda.empty_cache()
+    return "refused" not in row
 
 
 def normal(*shape, dtype=BF16):
@@ -86,7 +94,7 @@ def product(recipe, m, n, k):
         scales = torch.ones(k // group, n, 2, device="cuda", dtype=BF16)
         make = lambda: torch._convert_weight_to_int4pack(torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8), 8)
         return lambda w: torch._weight_int4pack_mm(x, w, group, scales), make, n * k // 2 + n * k // group * 4
-    raise ValueError("PyTorch alone has no such kernel")
+    raise ValueError(NO_KERNEL)
 
 
 def linear(recipe, m, n, k, copies=None):
@@ -124,67 +132,63 @@ def prompt(context, backend, heads, kvHeads, size):
     return run, 1, {"flops": 2 * heads * size * context * (context + 1)}
 
 
-class Llama:
-    """A decoder of the given shape in bf16 with random weights, written with PyTorch's own ops."""
-
-    def __init__(self, shape, capacity):
-        h, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-        self.heads, self.kv = shape["num_attention_heads"], shape["num_key_value_heads"]
-        self.size = h // self.heads
-        kv = self.kv * self.size
-        weight = lambda n, k: normal(n, k) / math.sqrt(k)
-        self.layers = [
-            (weight(h + 2 * kv, h), weight(h, h), weight(2 * inner, h), weight(h, inner)) for _ in range(layers)
-        ]
-        self.cache = [(normal(1, self.kv, capacity, self.size), normal(1, self.kv, capacity, self.size)) for _ in range(layers)]
-        self.head, self.table = weight(shape["vocab_size"], h), normal(shape["vocab_size"], h)
-        self.norm = torch.ones(h, device="cuda", dtype=BF16)
-        self.angles = normal(capacity, self.size // 2)
-
-    def rope(self, x, past):
-        a, b = x.chunk(2, -1)
-        angle = self.angles[past : past + x.shape[2]]
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    def __call__(self, ids, past):
-        x = F.embedding(ids, self.table)
-        count, size = len(ids), self.size
-        for (qkv, o, gate_up, down), (keys, values) in zip(self.layers, self.cache):
-            y = F.linear(F.rms_norm(x, self.norm.shape, self.norm), qkv).view(count, -1, size).transpose(0, 1)[None]
-            q, k, v = y.split([self.heads, self.kv, self.kv], 1)
-            keys[:, :, past : past + count], values[:, :, past : past + count] = self.rope(k, past), v
-            end = past + count
-            y = F.scaled_dot_product_attention(
-                self.rope(q, past), keys[:, :, :end], values[:, :, :end], is_causal=count > 1, enable_gqa=True
-            )
-            x = x + F.linear(y[0].transpose(0, 1).reshape(count, -1), o)
-            gate, up = F.linear(F.rms_norm(x, self.norm.shape, self.norm), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
-        return F.linear(F.rms_norm(x[-1:], self.norm.shape, self.norm), self.head).argmax(-1)
+def compiled(recipe, size):
+    """ReLU -> Linear as torch.compile makes it, with what is quantized on the fly: end to end, from bf16."""
+    x = normal(size, size)
+    if recipe == "none":
+        w = (normal(size, size) / math.sqrt(size),)
+    else:
+        w = llama.weight(recipe, size, size)
+    work = torch.compile(lambda x, *w: llama.linear(recipe, F.relu(x), *w), dynamic=False)
+    return lambda: work(x, *w), 1, {"flops": 2 * size**3}
 
 
 def model(cases):
     prefill, step = cases["prefill"], cases["decode"]
-    past = step["prompt"] + step["tokens"] // 2
-    llama = Llama(cases["shape"], max(prefill, past + 1))
-    first, many = torch.zeros(1, dtype=torch.long, device="cuda"), torch.zeros(prefill, dtype=torch.long, device="cuda")
     # One token in the middle of the answer stands for all of them.
-    report("none decode", lambda: (lambda: llama(first, past), 1, {}), recipe="none", **{"pass": "decode"})
-    report("none prompt", lambda: (lambda: llama(many, 0), 1, {}), recipe="none", tokens=prefill, **{"pass": "prefill"})
+    passes = {"decode": (1, step["prompt"] + step["tokens"] // 2), "prefill": (prefill, 0)}
+    for recipe in cases["recipes"]:
+        wanted = [each for each, known in (("decode", llama.DECODES), ("prefill", llama.PROMPTS)) if recipe in known]
+        if not wanted:
+            continue
+        torch._dynamo.reset()
+        decoder = llama.Llama(cases["shape"], recipe, max(prefill, sum(passes["decode"])))
+        for each in wanted:
+            count, past = passes[each]
+            # Layer by layer: torch.compile takes as long for one as for the model's 32.
+            for how in (True, False):
+                name = f"{recipe} {each}, {'compiled layers' if how else 'eager'}"
+                about = {"recipe": recipe, "pass": each, "tokens": count}
+                if report(name, lambda: (decoder.step(count, past, how), 1, {}), **about):
+                    break
+        del decoder
+        torch.cuda.empty_cache()
+
+
+def multiplied(recipes):
+    """The recipes that torch multiplies with; the others are refused once, not for every size."""
+    for recipe in recipes:
+        if recipe in ("none", "int8dq", "float8dq-row", "float8dq-tensor") or recipe.startswith("int4wo-"):
+            yield recipe
+        else:
+            print(json.dumps({"name": f"torch {recipe}", "recipe": recipe, "refused": NO_KERNEL}), flush=True)
 
 
 if BENCH == "linear":
-    for recipe in CASES["recipes"]:
+    for recipe in multiplied(CASES["recipes"]):
         for n, k in CASES["shapes"]:
             for m in CASES["rows"]:
                 about = {"recipe": recipe, "n": n, "k": k, "rows": m}
                 report(f"{recipe} {n}x{k} M={m}", lambda: linear(recipe, m, n, k), **about)
 elif BENCH == "roofline":
-    for recipe in CASES["recipes"]:
+    for recipe in multiplied(CASES["recipes"]):
         for size in CASES["sizes"]:
-            # The product alone: eager PyTorch would add a launch for every step of quantization.
-            report(f"{recipe} {size}, product alone", lambda: linear(recipe, size, size, size, 2), recipe=recipe, peer_size=size)
+            about = {"recipe": recipe, "peer_size": size}
+            # Operands as they lie, of any scales: what quantizing costs is not in it.
+            copies = 2 if size < 8192 else 1
+            report(f"{recipe} {size}, product alone", lambda: linear(recipe, size, size, size, copies), work=f"{recipe}, product alone", **about)
+            if recipe in COMPILED:
+                report(f"{recipe} {size}, compiled", lambda: compiled(recipe, size), work=f"{recipe}, relu and all, compiled", **about)
 elif BENCH == "sdpa":
     shape = (CASES["heads"], CASES["kvHeads"], CASES["size"])
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):

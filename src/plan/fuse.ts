@@ -88,13 +88,18 @@ function sameRows(view: View, group: readonly number[]): boolean {
   return formats.size === 1 && rows.size === 1;
 }
 
-/** The quantize that alone reads a value and chooses its codes row by row, so that a row can be made and quantized at once. */
+/**
+ * The quantize that alone reads a value and looks at its rows one by one, so that a row can be made and quantized at once; for the one
+ * scale of a tensor a row is made twice.
+ */
 function rowQuantizeOf(view: View, id: ValueId): number | null {
   const index = soleReader(view, id, "quantize");
   // Scales that are given are operands of their own, which no fused kernel reads.
   if (index === null || nodeAt(view, index).inputs.length > 1) return null;
   const { format, heads } = (nodeAt(view, index) as Node<"quantize">).attrs;
-  const byRow = rowsObstacle(format) === null && format.scales.every(({ block }) => block[0] === 1);
+  const { scales } = format;
+  const ofTensor = scales.length === 1 && scales[0]?.block.every((extent) => extent === "all") === true;
+  const byRow = rowsObstacle(format) === null && (ofTensor || scales.every(({ block }) => block[0] === 1));
   return byRow && heads === undefined ? index : null;
 }
 

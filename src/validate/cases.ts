@@ -1,5 +1,5 @@
 import { FewbitError } from "../core/errors.js";
-import { type Format, formatKey, withScale } from "../formats/format.js";
+import { type Block, type Format, formatKey, withScale } from "../formats/format.js";
 import { FORMATS } from "../formats/table.js";
 import type { Symbols } from "../ir/evaluate.js";
 import type { Graph } from "../ir/graph.js";
@@ -77,8 +77,14 @@ function otherRows(formats: readonly Format[]): Row[] {
     add("quantize", "silu*mul", format, { k: 256 }, { options: { gated: "silu" } });
   }
   // Rows that blocks of threads share.
-  const byRow = (format: Format) => withScale(format, { block: [1, "all"] });
-  for (const format of [FORMATS.bf16, byRow(FORMATS.float8_e4m3), byRow(FORMATS.int8)])
+  const scaled = (format: Format, ...block: Block) => withScale(format, { block });
+  const float8 = FORMATS.float8_e4m3;
+  for (const format of [
+    FORMATS.bf16,
+    scaled(float8, 1, "all"),
+    scaled(FORMATS.int8, 1, "all"),
+    scaled(float8, "all", "all"),
+  ])
     for (const [variant, options] of Object.entries({ wide: {}, wide_norm: { norm: true } }))
       add("quantize", variant, format, { k: 8192 }, { options, quick: false });
   add("embedding", "scaled_k36", f32, { rows: 9, k: 36 }, { options: { scale: 16 } });
@@ -156,6 +162,16 @@ function otherRows(formats: readonly Format[]): Row[] {
           format,
           { heads: 4, kvHeads: 2, size, capacity: 320 },
           { runs: long, quick: false, options },
+        );
+    // 0 * NaN: what a query does not see must not reach it.
+    for (const [variant, options] of Object.entries({ odd: {}, odd_bf16: { bf16: true } }))
+      for (const size of [32, 128])
+        add(
+          "sdpa",
+          `${variant}_h${size}`,
+          format,
+          { heads: 4, kvHeads: 2, size, capacity: 320 },
+          { runs: long.slice(1).concat({ T: 5, P: 66 }), quick: false, options: { ...options, odd: true } },
         );
     add(
       "sdpa",

@@ -174,6 +174,18 @@ describe("an executable over the addon's interface", () => {
     expect(fake.disposed).toBe(true);
   });
 
+  test("a program in which nothing varies is captured, though its bucket is the largest", async () => {
+    const { fake, device } = openFakeCuda();
+    const g = new GraphBuilder();
+    const x = g.input("x", dense("f32", [4, 8]));
+    g.output("y", g.one("unary", [x], { fn: "relu" }));
+    const plan = makePlan(g.build(), { kernels: [RELU], capabilities: hopper.capabilities });
+    using _ = await device.load(plan, () => expect.fail("it has no weights"));
+    const [program] = [...fake.programs.values()];
+    expect(program?.buckets.map(({ capture, largest }) => [capture, largest])).toEqual([[true, []]]);
+    await device[Symbol.asyncDispose]();
+  });
+
   test("guard words tell which buffer was written beyond its end, and rows that a run does not have", async () => {
     const { fake, device } = openFakeCuda();
     const plan = reluPlan();

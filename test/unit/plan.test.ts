@@ -1,6 +1,9 @@
 import { describe, expect, test } from "vitest";
+import type { Capabilities } from "../../src/backends/backend.js";
+import { WEBGPU_KERNELS } from "../../src/backends/webgpu/kernels/table.js";
+import { TIERS } from "../../src/codegen/support.js";
 import { FewbitError } from "../../src/core/errors.js";
-import { type Format, withScale } from "../../src/formats/format.js";
+import { type Block, type Format, withScale } from "../../src/formats/format.js";
 import { FORMATS } from "../../src/formats/table.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../../src/ir/graph.js";
 import { packSettings } from "../../src/ir/sample.js";
@@ -270,6 +273,8 @@ describe("optional fusions", () => {
       ["elementwise", "elementwise", "quantize"],
       ["rmsnorm", "quantize"],
     ]);
+    const tensor = withScale(FORMATS.float8_e4m3, { block: ["all", "all"] });
+    expect(names(optionalGraphs(tensor), OPTIONAL)).toEqual(names(optionalGraphs(), OPTIONAL));
     const graph = decoder({ activationFormat: () => FORMATS.int8 });
     expect(fuse(graph).length - fuse(graph, true, OPTIONAL).length).toBe(2 * config.layers);
     expect(scheduleFaults(graph, fuse(graph, true, OPTIONAL))).toEqual([]);
@@ -300,9 +305,9 @@ describe("optional fusions", () => {
     expect(fuse(g.build()).map(({ fusion }) => fusion)).not.toContain("gate*up");
   });
 
-  test("never where rows depend on each other", () => {
-    const tensor = withScale(FORMATS.int8, { block: ["all", "all"] });
-    for (const format of [tensor, FORMATS.nvfp4, FORMATS.nf4])
+  test("never where rows depend on each other, but for the one scale of a tensor", () => {
+    const bands = withScale(FORMATS.int8, { block: [2, "all"] });
+    for (const format of [bands, FORMATS.nvfp4, FORMATS.nf4])
       expect(names(optionalGraphs(format), OPTIONAL).flat()).not.toContain("activation+quantize");
   });
 
@@ -317,6 +322,16 @@ describe("optional fusions", () => {
       g.output("y", g.one("quantize", swapped ? [x, normed] : [normed, scale], { format: FORMATS.int8 }));
       expect(names([g.build()], OPTIONAL)).toEqual([["rmsnorm", "quantize"]]);
     }
+  });
+
+  test("the one scale of a tensor is not made by a workgroup that has a row of it", () => {
+    const widest = { kernels: WEBGPU_KERNELS, capabilities: Object.values(TIERS).at(-1) as Capabilities };
+    const kinds = (...block: Block) => {
+      const graph = optionalGraphs(withScale(FORMATS.float8_e4m3, { block })).at(-1) as Graph;
+      return makePlan(graph, widest).steps.map(({ kind }) => kind);
+    };
+    expect(kinds(1, "all")).toEqual(["quantize"]);
+    expect(kinds("all", "all")).toEqual(["rmsnorm", "quantize"]);
   });
 
   test("a kernel that does not name the fusion is refused, with the reason", () => {

@@ -151,11 +151,13 @@ __global__ void choose(const QuantizeJob job, const u32* symbols) {
   const i64 top = job.height == 0 ? 0 : block / job.columns * job.height;
   const i64 end = job.height == 0 ? n : ::min(top + job.height, n);
   Keys all;
+  // Of a whole tensor each thread takes many: several loads on their way at once.
+#pragma unroll 8
   for (i64 row = top + threadIdx.x; row < end; row += blockDim.x) {
-    const i64 at = row * job.columns + block % job.columns;
+    const uint2 found = reinterpret_cast<const uint2*>(job.scratch)[row * job.columns + block % job.columns];
     Keys other;
-    other.low = job.scratch[2 * at];
-    other.high = job.scratch[2 * at + 1];
+    other.low = found.x;
+    other.high = found.y;
     all.merge(other);
   }
   all = blockKeys(all, keys);
@@ -270,7 +272,7 @@ cudaError_t runChoose(const Launch& launch) {
   const QuantizeJob job = readQuantizeJob(launch);
   const i64 count = blocksOf(job, job.rows.at(launch.symbols));
   if (count == 0) return cudaSuccess;
-  return launchOverlapped(launch, choose, static_cast<unsigned>(count), job.height == 0 ? 512 : 128, 0, job, launch.deviceSymbols);
+  return launchOverlapped(launch, choose, static_cast<unsigned>(count), job.height == 0 ? 1024 : 128, 0, job, launch.deviceSymbols);
 }
 
 cudaError_t runEncode(const Launch& launch) {

@@ -42,6 +42,42 @@ inline Coder coderOf(const Rule& rule) {
 /** Whether four codes fill whole bytes and fit 64 bits. */
 __host__ __device__ inline bool packs(int bits) { return bits % 2 == 0 && bits <= 16; }
 
+// NaN if either is, unlike fminf and fmaxf.
+__device__ __forceinline__ float least(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ __forceinline__ float greatest(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+/**
+ * Division of several numbers by one. `ordinary` divisors take the steps of a hardware division without its exceptions: the quotient is rounded
+ * to nearest where it has a code other than zero's, which is above 2^-40 in all formats of 8 bits, so that nothing on the way is subnormal.
+ */
+struct Divisor {
+  float divisor, inverse, most;
+  bool ordinary;
+
+  __device__ __forceinline__ Divisor(float a, float top) : divisor(a), most(2.0f * top * a) {
+    ordinary = a > 0x1p-60f && a < 0x1p+60f && top < 0x1p+40f;
+    float guess;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(a));
+    inverse = fmaf(fmaf(-a, guess, 1.0f), guess, guess);
+  }
+  /** x over an ordinary divisor. What lies beyond twice the largest code comes no larger than that; NaN stays. */
+  __device__ __forceinline__ float under(float x) const {
+    const float cut = least(greatest(x, -most), most);
+    const float first = cut * inverse;
+    const float second = fmaf(fmaf(-divisor, first, cut), inverse, first);
+    // A zero keeps its sign.
+    return copysignf(fmaf(fmaf(-divisor, second, cut), inverse, second), cut);
+  }
+};
+
 /** Four codes, the first one lowest. A NaN of `x` is as the rule has it. */
 template <Coder CODER>
 __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, float b) {
@@ -55,11 +91,11 @@ __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, fl
   }
   if (CODER == Coder::e4m3 || CODER == Coder::floats) {
     const bool divides = rule.kind == RuleKind::amax;
-    // A zero divided by a number above zero is itself, but takes the division's slow way.
-    const bool ordinary = a > 0.0f && a < bitcast<float>(kInfinity);
+    const Divisor divisor(a, rule.top);
+    // What the conversion to e4m3 cuts by itself is not cut before.
     const auto scaled = [&](float value) {
-      const bool keeps = ordinary && value == 0.0f;
-      return rule.cut(!divides ? mul(value, a) : keeps ? value : div(keeps ? a : value, a));
+      if (!divides) return mul(value, a);
+      return divisor.ordinary ? divisor.under(value) : div(value, a);
     };
 #if __CUDA_ARCH__ >= 890
     if (CODER == Coder::e4m3) {
@@ -72,18 +108,20 @@ __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, fl
     Codec codec = rule.element;
     codec.kind = CodecKind::real;
     const int bits = codec.bits;
-    const u32 low = codec.encode(scaled(x.x)) | codec.encode(scaled(x.y)) << bits;
-    const u32 high = codec.encode(scaled(x.z)) | codec.encode(scaled(x.w)) << bits;
+    const auto coded = [&](float value) { return codec.encode(rule.cut(scaled(value))); };
+    const u32 low = coded(x.x) | coded(x.y) << bits;
+    const u32 high = coded(x.z) | coded(x.w) << bits;
     return low | static_cast<u64>(high) << 2 * bits;
   }
   if (CODER == Coder::integers) {
     const u32 mask = rule.element.mask();
     const auto code = [&](float value) {
       const float steps = add(rintf(mul(value, a)), b);
-      // The clamp lets NaN through, whose conversion is 0.
-      return static_cast<u32>(static_cast<int>(clampTo(steps, rule.min, rule.max))) & mask;
+      // NaN stays NaN, whose conversion is 0.
+      return static_cast<u32>(static_cast<int>(least(greatest(steps, rule.min), rule.max))) & mask;
     };
     const int bits = rule.element.bits;
+    if (bits == 8) return code(x.x) | code(x.y) << 8 | code(x.z) << 16 | code(x.w) << 24;
     const u32 low = code(x.x) | code(x.y) << bits, high = code(x.z) | code(x.w) << bits;
     return low | static_cast<u64>(high) << 2 * bits;
   }
@@ -114,11 +152,26 @@ __device__ __forceinline__ Keys warpKeys(Keys keys) {
   keys.high = __reduce_max_sync(kAll, keys.high);
   return keys;
 }
-__device__ __forceinline__ void addFour(Keys& keys, float4 x) {
-  keys.add(x.x);
-  keys.add(x.y);
-  keys.add(x.z);
-  keys.add(x.w);
+
+/** Extremes as numbers, both NaN as soon as one is: adding takes two operations, where keys take nine. */
+struct Range {
+  float low = bitcast<float>(kInfinity), high = -bitcast<float>(kInfinity);
+
+  __device__ __forceinline__ void add(float4 x) {
+    low = least(low, least(least(x.x, x.y), least(x.z, x.w)));
+    high = greatest(high, greatest(greatest(x.x, x.y), greatest(x.z, x.w)));
+  }
+  __device__ __forceinline__ Keys keys() const {
+    Keys all;
+    all.low = lowKey(low);
+    all.high = highKey(high);
+    return all;
+  }
+};
+__device__ __forceinline__ Keys keysOf(float4 x) {
+  Range range;
+  range.add(x);
+  return range.keys();
 }
 
 }  // namespace fewbit::rows

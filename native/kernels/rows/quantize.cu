@@ -10,6 +10,7 @@ enum class Grain : int {
   none,    // none, or each of them known
   row,     // one for the row
   blocks,  // one for a power of two of fours, at most a warp's
+  tensor,  // one for all rows, chosen before: what encoding needs of it lies in scratch
 };
 
 __device__ __forceinline__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
@@ -43,7 +44,7 @@ __device__ __forceinline__ void chooseBlocks(const QuantizeJob& job, const Place
 #pragma unroll
     for (int i = 0; i < kRound; i++) {
       Keys keys;
-      if (place.holds(start + i)) addFour(keys, x[start + i]);
+      if (place.holds(start + i)) keys = keysOf(x[start + i]);
       keys = groupKeys(keys, lanes);
       const u32 low = __shfl_sync(kAll, keys.low, source), high = __shfl_sync(kAll, keys.high, source);
       if (turn == i) {
@@ -65,60 +66,117 @@ __device__ __forceinline__ void chooseBlocks(const QuantizeJob& job, const Place
   }
 }
 
+/** What the threads of a row, or the blocks of a cluster, tell each other to norm it. */
+struct Sums {
+  float warps[32], blocks[kCluster];
+};
+
+/** The fours of a row that a thread keeps: the input, or what the fused ops before the quantize make of it. */
+template <int FOURS>
+struct Values {
+  static constexpr bool kEarly = FOURS <= 4;  // weights wait in registers, where there are enough
+  float4 weight[FOURS], x[FOURS];
+
+  /** Before the predecessor is complete. */
+  __device__ __forceinline__ void prefetch(const Input& in, const Place& place) {
+    if (kEarly && in.kind == InputKind::norm) {
+#pragma unroll
+      for (int i = 0; i < FOURS; i++)
+        if (place.holds(i)) weight[i] = loadFour(in.weight + place.element(i), true);
+    }
+  }
+
+  __device__ __forceinline__ void make(const Input& in, const Place& place, const Share& share, bool aligned, Sums& sums) {
+    const i64 row = place.row;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++)
+      x[i] = place.holds(i) ? loadFour(in.a + in.aAt.at(row, place.element(i)), aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (in.kind == InputKind::norm) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < FOURS; i++) sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
+      sum = teamSum(sum, place, sums.warps);
+      if (share.cluster > 1) {
+        if (threadIdx.x < kCluster) tell(reinterpret_cast<u32*>(&sums.blocks[blockIdx.y]), threadIdx.x, bitcast<u32>(sum));
+        clusterSync();
+        sum = 0.0f;
+        for (int block = 0; block < kCluster; block++) sum += sums.blocks[block];
+      }
+      const float factor = 1.0f / sqrtf(sum / static_cast<float>(in.width) + in.eps);
+#pragma unroll
+      for (int i = 0; i < FOURS; i++) {
+        if (!place.holds(i)) continue;
+        const float4 scaled = make_float4(x[i].x * factor, x[i].y * factor, x[i].z * factor, x[i].w * factor);
+        x[i] = times(scaled, kEarly ? weight[i] : loadFour(in.weight + place.element(i), true));
+      }
+    } else if (in.kind != InputKind::plain) {
+#pragma unroll
+      for (int i = 0; i < FOURS; i++) {
+        if (!place.holds(i)) continue;
+        x[i] = activate(in, x[i]);
+        if (in.kind == InputKind::gated) x[i] = times(x[i], loadFour(in.b + in.bAt.at(row, place.element(i)), aligned));
+      }
+    }
+  }
+
+  /** The extremes of the row, for every thread of its team. `shared` is used once. */
+  __device__ __forceinline__ Keys keys(const Place& place, Keys* shared) const {
+    Range range;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++)
+      if (place.holds(i)) range.add(x[i]);
+    return teamKeys(range.keys(), place, shared);
+  }
+};
+
+/** The extremes of each row, to scratch, as the general kernel leaves them where a block spans all rows. */
+template <int FOURS>
+__global__ void __launch_bounds__(kMostThreads) extremes(const __grid_constant__ QuantizeJob job, const __grid_constant__ Share share,
+                                                         const bool aligned, const u32* symbols) {
+  __shared__ Sums sums;
+  __shared__ Keys found[32];
+  releaseSuccessor();
+  const Place place(share, job.k);
+  Values<FOURS> values;
+  values.prefetch(job.in, place);
+  const bool inside = place.row < job.rows.at(symbols);
+  awaitPredecessor();
+  if (!inside) return;
+  values.make(job.in, place, share, aligned, sums);
+  const Keys all = values.keys(place, found);
+  if (place.lane == 0) {
+    job.scratch[2 * place.row] = all.low;
+    job.scratch[2 * place.row + 1] = all.high;
+  }
+}
+
 template <Coder CODER, int FOURS>
 __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__ QuantizeJob job, const __grid_constant__ Share share,
                                                          const Grain grain, const bool aligned, const u32* symbols) {
-  __shared__ float sums[32];
-  __shared__ Keys extremes[32];
-  __shared__ float sumsOfBlocks[kCluster];
-  __shared__ Keys extremesOfBlocks[kCluster];
+  __shared__ Sums sums;
+  __shared__ Keys found[32];
+  __shared__ Keys foundByBlocks[kCluster];
   releaseSuccessor();
   if (share.cluster > 1) clusterSync();  // a block's shared memory is written by others only once it runs
   const Place place(share, job.k);
-  const Input& in = job.in;
   constexpr bool kScaled = CODER != Coder::bfloat && CODER != Coder::half;
-  constexpr bool kEarly = FOURS <= 4;  // weights wait in registers, where there are enough
-  float4 weight[FOURS], x[FOURS];
-  if (kEarly && in.kind == InputKind::norm) {
-#pragma unroll
-    for (int i = 0; i < FOURS; i++)
-      if (place.holds(i)) weight[i] = loadFour(in.weight + place.element(i), true);
-  }
+  Values<FOURS> values;
+  values.prefetch(job.in, place);
   if (kScaled) touch(job.rule);
+  const bool direct = CODER == Coder::e4m3 && job.rule.kind == RuleKind::amax;  // no call, which takes its way through all rules
+  if (kScaled && FOURS == 1 && !direct && job.given == nullptr) {
+    // Of few rows most of the time is latency, that of code as well: it is fetched while the predecessor ends.
+    Keys ones;
+    ones.add(1.0f);
+    const Chosen unused = chosenOf(job, 0, ones, 1.0f);
+    asm volatile("" ::"r"(unused.scale), "f"(unused.a));
+  }
   const bool inside = place.row < job.rows.at(symbols);
   awaitPredecessor();
   if (!inside) return;
   const i64 row = place.row;
-
-#pragma unroll
-  for (int i = 0; i < FOURS; i++)
-    x[i] = place.holds(i) ? loadFour(in.a + in.aAt.at(row, place.element(i)), aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  if (in.kind == InputKind::norm) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
-    sum = teamSum(sum, place, sums);
-    if (share.cluster > 1) {
-      if (threadIdx.x < kCluster) tell(reinterpret_cast<u32*>(&sumsOfBlocks[blockIdx.y]), threadIdx.x, bitcast<u32>(sum));
-      clusterSync();
-      sum = 0.0f;
-      for (int block = 0; block < kCluster; block++) sum += sumsOfBlocks[block];
-    }
-    const float factor = 1.0f / sqrtf(sum / static_cast<float>(in.width) + in.eps);
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) {
-      if (!place.holds(i)) continue;
-      const float4 scaled = make_float4(x[i].x * factor, x[i].y * factor, x[i].z * factor, x[i].w * factor);
-      x[i] = times(scaled, kEarly ? weight[i] : loadFour(in.weight + place.element(i), true));
-    }
-  } else if (in.kind != InputKind::plain) {
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) {
-      if (!place.holds(i)) continue;
-      x[i] = activate(in, x[i]);
-      if (in.kind == InputKind::gated) x[i] = times(x[i], loadFour(in.b + in.bAt.at(row, place.element(i)), aligned));
-    }
-  }
+  values.make(job.in, place, share, aligned, sums);
+  const float4(&x)[FOURS] = values.x;
 
   float outer = 1.0f;
   if (kScaled && job.rule.outerKind == 1) {
@@ -133,24 +191,24 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
   if (kScaled && grain == Grain::row) {
     Keys all;
     if (job.given == nullptr) {
-#pragma unroll
-      for (int i = 0; i < FOURS; i++)
-        if (place.holds(i)) addFour(all, x[i]);
-      all = teamKeys(all, place, extremes);
+      all = values.keys(place, found);
       if (share.cluster > 1) {
         if (threadIdx.x < kCluster) {
-          tell(&extremesOfBlocks[blockIdx.y].low, threadIdx.x, all.low);
-          tell(&extremesOfBlocks[blockIdx.y].high, threadIdx.x, all.high);
+          tell(&foundByBlocks[blockIdx.y].low, threadIdx.x, all.low);
+          tell(&foundByBlocks[blockIdx.y].high, threadIdx.x, all.high);
         }
         clusterSync();
-        for (int block = 0; block < kCluster; block++) all.merge(extremesOfBlocks[block]);
+        for (int block = 0; block < kCluster; block++) all.merge(foundByBlocks[block]);
       }
     }
-    if (CODER == Coder::e4m3 && job.rule.kind == RuleKind::amax)
+    if (direct)
       chosen = job.rule.chooseAmax(all.lo(), all.hi(), job.given == nullptr ? nullptr : job.given + band);
     else
-      chosen = FOURS == 1 ? job.choose(band, all, outer) : chosenOf(job, band, all, outer);
+      chosen = chosenOf(job, band, all, outer);
     if (stores && place.element(0) == 0) job.store(band, chosen);
+  } else if (kScaled && grain == Grain::tensor) {
+    chosen.a = bitcast<float>(job.scratch[job.parametersAt]);
+    chosen.b = bitcast<float>(job.scratch[job.parametersAt + 1]);
   }
 
   u32* out = job.out + row * job.rowStride;
@@ -173,13 +231,17 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
   }
 }
 
+bool inFours(const Input& in) { return general::inFours(in.aAt) && (in.b == nullptr || general::inFours(in.bAt)); }
+
 template <Coder CODER>
 cudaError_t start(const Launch& launch, const QuantizeJob& job) {
   const i64 rows = job.rows.at(launch.symbols);
-  const Grain grain = !job.scaled ? Grain::none : job.columns == 1 ? Grain::row : Grain::blocks;
+  Grain grain = !job.scaled ? Grain::none : job.columns == 1 ? Grain::row : Grain::blocks;
+  if (job.scratch != nullptr) grain = Grain::tensor;
   const bool whole = job.in.kind == InputKind::norm || (grain == Grain::row && job.given == nullptr);
-  const bool aligned = inFours(job.in.aAt) && (job.in.b == nullptr || inFours(job.in.bAt));
-  const Share share = shareRows(rows, job.k, whole, *launch.context, grain != Grain::blocks);
+  const bool aligned = inFours(job.in);
+  // For the scale of a tensor a row is normed as `extremes` did: in one block.
+  const Share share = shareRows(rows, job.k, whole, *launch.context, grain == Grain::none || grain == Grain::row);
   return withFours(share.fours, [&](auto fours) {
     return launchClusters(launch, quantize<CODER, fours.value>, share.grid(rows), dim3(1, share.cluster), share.threads, 0, job, share,
                           grain, aligned, launch.deviceSymbols);
@@ -187,6 +249,18 @@ cudaError_t start(const Launch& launch, const QuantizeJob& job) {
 }
 
 /** args: those of the general kernels of quantize. */
+cudaError_t runExtremes(const Launch& launch) {
+  const QuantizeJob job = readQuantizeJob(launch);
+  const i64 rows = job.rows.at(launch.symbols);
+  if (rows == 0) return cudaSuccess;
+  const Share share = shareRows(rows, job.k, true, *launch.context);
+  return withFours(share.fours, [&](auto fours) {
+    return launchOverlapped(launch, extremes<fours.value>, share.grid(rows), share.threads, 0, job, share, inFours(job.in),
+                            launch.deviceSymbols);
+  });
+}
+
+/** args: those of the general kernels of quantize; with scratch, the parameters of the one block of all rows lie in it. */
 cudaError_t runQuantize(const Launch& launch) {
   const QuantizeJob job = readQuantizeJob(launch);
   if (job.rows.at(launch.symbols) == 0) return cudaSuccess;
@@ -205,7 +279,7 @@ cudaError_t runQuantize(const Launch& launch) {
 
 namespace fewbit {
 
-extern const Entry kRowsQuantizeEntries[] = {{"rows/quantize", 1, rows::runQuantize}};
+extern const Entry kRowsQuantizeEntries[] = {{"rows/quantize", 2, rows::runQuantize}, {"rows/quantize_extremes", 1, rows::runExtremes}};
 extern const size_t kRowsQuantizeEntryCount = sizeof kRowsQuantizeEntries / sizeof(Entry);
 
 }  // namespace fewbit

@@ -55,11 +55,11 @@ __device__ __forceinline__ void storeRows(const Stream& s, Coder coder, int size
     Keys mine;
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      Keys keys;
+      Range range;
 #pragma unroll
       for (int p = 0; p < PIECES; p++)
-        if (4 * (lane + kWarp * p) < size) addFour(keys, x[b][p]);
-      keys = warpKeys(keys);
+        if (4 * (lane + kWarp * p) < size) range.add(x[b][p]);
+      const Keys keys = warpKeys(range.keys());
       if (lane == b) mine = keys;
     }
     shared = chosenOf(s.rule, mine);
@@ -78,7 +78,7 @@ __device__ __forceinline__ void storeRows(const Stream& s, Coder coder, int size
       const int e = 4 * (lane + kWarp * p);
       if (s.columns > 1) {
         Keys keys;
-        if (e < size) addFour(keys, x[b][p]);
+        if (e < size) keys = keysOf(x[b][p]);
         chosen = chosenOf(s.rule, groupKeys(keys, s.width / 4));
         if (e < size && e % s.width == 0) store(row * s.columns + e / s.width, chosen);
       }

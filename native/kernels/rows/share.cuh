@@ -1,5 +1,6 @@
 // How threads share rows of numbers that are loaded once and stay in registers.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
 #include "cluster.cuh"
@@ -40,15 +41,16 @@ inline Share shareRows(i64 rows, int width, bool whole, const Context& context, 
   const bool many = rows * up(width, 4096) >= 2 * context.sms;
   if (!whole) {
     const int fours = many ? 4 : 1;
-    const int piece = 4 * 256 * fours;
-    return {256, 256, fours, piece, up(width, piece)};
+    const int threads = std::min(256, up(up(width, 4 * fours), kWarp) * kWarp);
+    const int piece = 4 * threads * fours;
+    return {threads, threads, fours, piece, up(width, piece)};
   }
   if (clusters && !many && width > 4096 && width % (4 * kCluster) == 0 && width / kCluster <= 4 * kMostThreads && context.overlaps) {
     const int piece = width / kCluster, threads = up(piece, 4 * kWarp) * kWarp;
     return {threads, threads, 1, piece, kCluster, kCluster};
   }
   const int most = many ? 256 : kMostThreads;
-  const int fours = up(width, 4) <= most ? 1 : up(width, 16) <= most ? 4 : kMostFours;
+  const int fours = !many && up(width, 4) <= most ? 1 : up(width, 16) <= most ? 4 : kMostFours;
   const int threads = up(up(width, 4 * fours), kWarp) * kWarp;
   return {threads, threads, fours, width, 1};
 }

@@ -82,8 +82,8 @@ export class NativeExecutable implements Executable {
       symbols: this.#words.length,
       buckets: this.#buckets.map((built, i) => ({
         largest: Object.keys(this.graph.symbols).map((name) => this.#plan.buckets[i]?.symbols[name] ?? 0),
-        // Grids of a graph are those of its largest symbols: right for a bucket made for certain symbols, wasteful for the rest.
-        capture: i < largest,
+        // Grids of a graph are those of its largest symbols: wasteful for the bucket of every size, unless nothing varies.
+        capture: i < largest || this.#words.length === 0,
         launches: built.map(({ dispatch: { entry, label, bindings, args } }) => ({
           entry: entry.name,
           label,

@@ -17,7 +17,8 @@ const ROWS = entry("rows");
 const EXTREMES = entry("extremes");
 const ROW_EXTREMES = entry("row_extremes");
 const OUTER = entry("outer");
-const CHOOSE = entry("choose");
+/** Scales of blocks of several rows, from the extremes in scratch; what encoding needs of them, to scratch. */
+export const CHOOSE = entry("choose");
 const ENCODE = entry("encode");
 const SCALER_MEAN = entry("scaler_mean");
 const SCALERS = entry("scalers");
@@ -101,18 +102,7 @@ export const QUANTIZE_KERNELS: readonly NativeKernel[] = [
       },
     ],
     efficiency: { bandwidth: 0.5, compute: 0.05 },
-    scratch: (bound) => {
-      const { node } = quantizeStep(bound);
-      const { format } = node.attrs;
-      const shape = bound
-        .type(node.outputs[0] as ValueId)
-        .shape.map((dim) => (typeof dim === "number" ? dim : (bound.graph.symbols[dim] as number)));
-      const k = shape.at(-1) as number;
-      const rows = shape.slice(0, -1).reduce((a, b) => a * b, 1);
-      const { columns, parametersAt } = extents(format, rows, k);
-      // Parameters: two words a block, and no more blocks than rows of them.
-      return 4 * Math.max(byRow(format) ? 2 * rows : parametersAt + 2 * rows * columns, 4);
-    },
+    scratch: quantizeScratch,
     build: (context) => {
       const { node } = quantizeStep(context.bound);
       const { bindings, args } = quantizeJob(context, scratch);
@@ -122,6 +112,20 @@ export const QUANTIZE_KERNELS: readonly NativeKernel[] = [
     },
   },
 ];
+
+/** Bytes of scratch of a quantize in several passes, for as many rows as the graph allows. */
+export function quantizeScratch(bound: BoundStep): number {
+  const { node } = quantizeStep(bound);
+  const { format } = node.attrs;
+  const shape = bound
+    .type(node.outputs[0] as ValueId)
+    .shape.map((dim) => (typeof dim === "number" ? dim : (bound.graph.symbols[dim] as number)));
+  const k = shape.at(-1) as number;
+  const rows = shape.slice(0, -1).reduce((a, b) => a * b, 1);
+  const { columns, parametersAt } = extents(format, rows, k);
+  // Parameters: two words a block, and no more blocks than rows of them.
+  return 4 * Math.max(byRow(format) ? 2 * rows : parametersAt + 2 * rows * columns, 4);
+}
 
 /** What every pass is given: `readQuantizeJob` of `quantize.cuh`. Kernels of one pass take no scratch. */
 export function quantizeJob(context: BuildContext, room?: Source): Arguments {

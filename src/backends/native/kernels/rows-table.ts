@@ -2,14 +2,15 @@ import { codecBits, extentOf, type Format, rowsObstacle } from "../../../formats
 import type { Node, ValueId } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { streams } from "../../rope-step.js";
-import type { Entry, NativeKernel } from "../kernel.js";
+import { type Entry, type NativeKernel, scratch } from "../kernel.js";
 import { ruleObstacle } from "./general-arguments.js";
-import { quantizeJob, quantizeStep } from "./general-quantize.js";
+import { CHOOSE, quantizeJob, quantizeScratch, quantizeStep } from "./general-quantize.js";
 import { headObstacle, ropeOf, sizeOfHead } from "./general-rope.js";
 import { normOf, sampleOf } from "./general-rows.js";
 
 const NORM: Entry = { name: "rows/norm", abi: 1 };
-const QUANTIZE: Entry = { name: "rows/quantize", abi: 1 };
+const QUANTIZE: Entry = { name: "rows/quantize", abi: 2 };
+const EXTREMES: Entry = { name: "rows/quantize_extremes", abi: 1 };
 const ROPE: Entry = { name: "rows/rope_kv", abi: 1 };
 const SAMPLE: Entry = { name: "rows/sample", abi: 1 };
 
@@ -37,22 +38,43 @@ function earlyObstacle(bound: BoundStep, { inputs }: Node<"rmsnorm" | "layernorm
   return made === undefined ? null : `${bound.name(made)} is no weight: it may be made by an earlier step`;
 }
 
-function quantizeObstacle(bound: BoundStep): string | null {
+/** What holds for quantize steps of any number of rows; `whole`: a row must be known before it is coded. */
+function valuesObstacle(bound: BoundStep, whole: boolean): string | null {
   const { node, norm } = quantizeStep(bound);
   const early = norm === undefined ? null : earlyObstacle(bound, norm);
   if (early !== null) return early;
-  const { format, perTensorScale } = node.attrs;
+  const { format } = node.attrs;
   const k = bound.shape(node.outputs[0] as ValueId).at(-1) as number;
   const obstacle = ruleObstacle(format) ?? fourObstacle(format, k) ?? rowsObstacle(format);
   if (obstacle !== null) return obstacle;
+  return (whole || norm !== undefined) && k > MOST
+    ? `a row of ${k} elements does not fit the registers of a block: ${MOST} do`
+    : null;
+}
+
+function quantizeObstacle(bound: BoundStep): string | null {
+  const { node } = quantizeStep(bound);
+  const { format, perTensorScale } = node.attrs;
   const { rule, scales, name } = format;
   if (scales[1] !== undefined && (rule.kind !== "nvfp4" || perTensorScale === undefined))
     return `${name} has a second scale level, which depends on other blocks`;
   const [height, width] = scales[0]?.block ?? [1, 1];
   const given = node.inputs[1] !== undefined;
   if (height !== 1 && !given && bound.outputRows > 1) return `a block of ${name} spans ${height} rows`;
-  const whole = norm !== undefined || (scales.length > 0 && extentOf(width, k) === k && !given);
-  return whole && k > MOST ? `a row of ${k} elements does not fit the registers of a block: ${MOST} do` : null;
+  const k = bound.shape(node.outputs[0] as ValueId).at(-1) as number;
+  return valuesObstacle(bound, scales.length > 0 && extentOf(width, k) === k && !given);
+}
+
+/** Why the extremes of rows do not make the one scale of a tensor, or null. */
+function tensorObstacle(bound: BoundStep): string | null {
+  const { node } = quantizeStep(bound);
+  const { scales, name } = node.attrs.format;
+  const k = bound.shape(node.outputs[0] as ValueId).at(-1) as number;
+  const [level] = scales;
+  if (scales.length !== 1 || level?.block[0] !== "all" || extentOf(level.block[1], k) !== k)
+    return `the scale of a tensor is not the only one of ${name}`;
+  if (node.inputs[1] !== undefined) return "its scale is given";
+  return valuesObstacle(bound, true);
 }
 
 const normObstacle = (bound: BoundStep): string | null => {
@@ -105,6 +127,21 @@ export const ROWS_KERNELS: readonly NativeKernel[] = [
     build: (context) => {
       const { bindings, args } = quantizeJob(context);
       return [{ label: context.bound.describe(), entry: QUANTIZE, bindings, args }];
+    },
+  },
+  {
+    // A pass over the input for the extremes of each row, a small one for the scale, and one that codes.
+    id: "cuda/quantize/tensor",
+    kind: "quantize",
+    fusions: ["rmsnorm+quantize", "activation*mul+quantize", "activation+quantize"],
+    entries: [EXTREMES, CHOOSE, QUANTIZE],
+    requires: [{ unmet: tensorObstacle }],
+    efficiency: { bandwidth: 0.55, compute: 0.05 },
+    scratch: quantizeScratch,
+    build: (context) => {
+      const { bindings, args } = quantizeJob(context, scratch);
+      const label = context.bound.describe();
+      return [EXTREMES, CHOOSE, QUANTIZE].map((entry) => ({ label, entry, bindings, args }));
     },
   },
   ...(["rmsnorm", "layernorm"] as const).map(

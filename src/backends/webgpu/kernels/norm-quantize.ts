@@ -62,6 +62,7 @@ export const NORM_QUANTIZE_KERNELS: readonly WebGpuKernel[] = [
           if (quantize.inputs.length > 1) return "its scales are given";
           if (format.scales.length !== 1)
             return `${format.name} has ${format.scales.length} scale levels: it makes one`;
+          if (format.scales[0]?.block[0] !== 1) return `a block of ${format.name} spans several rows`;
           return rows * columns <= MOST_BLOCKS
             ? null
             : `a workgroup would keep ${rows * columns} blocks: ${MOST_BLOCKS} fit its memory`;
