@@ -1,6 +1,6 @@
 import { FewbitError } from "../core/errors.js";
 import { type Block, type Format, formatKey, withScale } from "../formats/format.js";
-import { FORMATS } from "../formats/table.js";
+import { FORMATS, VARIANTS } from "../formats/table.js";
 import type { Symbols } from "../ir/evaluate.js";
 import type { Graph } from "../ir/graph.js";
 import type { OpName, UnaryFn } from "../ir/ops.js";
@@ -163,16 +163,6 @@ function otherRows(formats: readonly Format[]): Row[] {
           { heads: 4, kvHeads: 2, size, capacity: 320 },
           { runs: long, quick: false, options },
         );
-    // 0 * NaN: what a query does not see must not reach it.
-    for (const [variant, options] of Object.entries({ odd: {}, odd_bf16: { bf16: true } }))
-      for (const size of [32, 128])
-        add(
-          "sdpa",
-          `${variant}_h${size}`,
-          format,
-          { heads: 4, kvHeads: 2, size, capacity: 320 },
-          { runs: long.slice(1).concat({ T: 5, P: 66 }), quick: false, options: { ...options, odd: true } },
-        );
     add(
       "sdpa",
       "rounds",
@@ -181,6 +171,24 @@ function otherRows(formats: readonly Format[]): Row[] {
       { runs, quick: format === bf16, options: { rounds: true } },
     );
   }
+  // 0 * NaN: what a query does not see must not reach it.
+  for (const format of [f32, f16, bf16, float8_e4m3, int8, VARIANTS.int4_kv])
+    for (const size of [32, 128]) {
+      const shape = { heads: 4, kvHeads: 2, size, capacity: 320 };
+      const addOdd = (variant: string, tokens: readonly Symbols[], quick: boolean, bf16 = false) =>
+        add("sdpa", `${variant}_h${size}`, format, shape, { runs: tokens, quick, options: { odd: true, bf16 } });
+      const long = [
+        { T: 140, P: 0 },
+        { T: 140, P: 170 },
+      ];
+      const few = [
+        { T: 1, P: 300 },
+        { T: 5, P: 66 },
+      ];
+      addOdd("odd", few, size === 128);
+      addOdd("odd_long", long, false);
+      addOdd("odd_long_bf16", long, false, true);
+    }
   for (const [variant, settings] of Object.entries(SETTINGS)) {
     add(
       "sample",

@@ -3,7 +3,9 @@ import { codeFor, cudaCapabilities, H100, TRIALS, trialFeatures } from "../../sr
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
 import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
+import { ROWS_KERNELS } from "../../src/backends/native/kernels/rows-table.js";
 import { storedLayout } from "../../src/backends/stored-layout.js";
+import { f32Bits } from "../../src/core/dtype.js";
 import { codecVector, type Format, formatKey, withScale } from "../../src/formats/format.js";
 import { FORMATS } from "../../src/formats/table.js";
 import { scaleGranularity } from "../../src/formats/tensor.js";
@@ -86,10 +88,14 @@ function parse({ args, bindings, entry }: NativeDispatch) {
   const x = { table, scale: blocks(), outer: blocks(), zero: blocks(), rows: [take(), take()] };
   const [fn, rounding] = [take(), take()];
   const [out, residual, biases] = [strided(), strided(), [buffer(), buffer()]];
-  const rest = args.slice(at, -1);
-  const scratch = args.at(-1) as number;
-  expect(rest.length).toBe(["linear/skinny", "linear/mixed"].includes(entry.name) ? 5 : 6);
-  return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch };
+  const rest = args.slice(at, at + (["linear/skinny", "linear/mixed"].includes(entry.name) ? 5 : 6));
+  skip(rest.length);
+  const scratch = buffer();
+  const bytes = entry.name === "linear/skinny" && take() === 1;
+  const norm =
+    entry.name === "linear/skinny" && buffer() >= 0 ? { column: take(), weight: buffer(), eps: take() } : null;
+  expect(at).toBe(args.length);
+  return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch, bytes, norm };
 }
 
 const activations = { dense: undefined, bf16: FORMATS.bf16, int8: FORMATS.int8, float8: FORMATS.float8_e4m3 } as const;
@@ -200,6 +206,59 @@ describe("linear on CUDA", () => {
     expect(["sm_90", "sm>=90", "sm>=89"].filter((feature) => old.features.has(feature))).toEqual([]);
     const made = plan({ weight: FORMATS.int8, x: FORMATS.int8, rows: 4096, n: 4096, k: 4096 }, old);
     expect(chosen(made).kernel.id).not.toContain("wgmma");
+  });
+
+  test("codes of x are multiplied as they lie where both are signed bytes, on trial", () => {
+    const on = cudaCapabilities(H100, ["cublaslt", TRIALS.bytes]);
+    const read = (x: Format, features = on) => parse(dispatchOf(plan({ weight: FORMATS.int8, x }, features), features));
+    const rows = (format: Format) => withScale(format, { block: [1, "all"] });
+    expect(read(rows(FORMATS.int8)).bytes).toBe(true);
+    expect(read(rows(FORMATS.int8), hopper).bytes).toBe(false);
+    expect(read(rows(FORMATS.int8_asymmetric)).bytes).toBe(false);
+    expect(read(rows(FORMATS.float8_e4m3)).bytes).toBe(false);
+    expect(read(FORMATS.bf16).bytes).toBe(false);
+  });
+
+  describe("a norm in front of it, on trial", () => {
+    const on = cudaCapabilities(H100, ["cublaslt", TRIALS.norms]);
+    const { join } = LINEAR_KERNELS.find(({ id }) => id === "cuda/linear/skinny") as NativeKernel;
+    interface Layer {
+      readonly rows?: number;
+      readonly format?: Format;
+      readonly k?: number;
+      readonly lives?: boolean;
+    }
+    /** Joins the last step of h -> rmsnorm -> quantize -> linear (-> + h) with the one before it. */
+    function joined({ rows = 1, format = FORMATS.bf16, k = K, lives = true }: Layer, features = on) {
+      const g = new GraphBuilder({});
+      const h = g.one("unary", [g.input("x", dense("f32", [rows, k]))], { fn: "relu" }, "h");
+      const normed = g.one("rmsnorm", [h, g.weight("norm", dense("f32", [k]))], { eps: 0.5 }, "normed");
+      const x = g.one("quantize", [normed], { format }, "codes");
+      const y = g.one("linear", [x, g.weight("w", stored(FORMATS.int8, [k, k]))], {}, "y");
+      g.output("y", lives ? g.one("binary", [y, h], { fn: "add" }, "sum") : y);
+      const made = makePlan(g.build(), { kernels: [...kernels, ...ROWS_KERNELS], capabilities: features });
+      const contexts = made.steps.map(
+        (step) => new BuildContext(new BoundStep(made.graph, step, {}), made.memory, features, {}),
+      );
+      const at = made.steps.findIndex(({ kind }) => kind === "linear");
+      return join?.(contexts[at] as BuildContext, contexts[at - 1] as BuildContext) ?? null;
+    }
+
+    test("is done where the row of x is multiplied", () => {
+      const [dispatch, ...more] = joined({}) as NativeDispatch[];
+      expect(more).toEqual([]);
+      const { norm } = parse(dispatch as NativeDispatch);
+      expect(norm).toEqual({ column: 0, weight: expect.any(Number), eps: f32Bits(0.5) });
+      expect(dispatch?.bindings[norm?.weight as number]).toMatchObject({ kind: "dense" });
+    });
+
+    test("is not, for several rows, other formats, rows that are too long, or a row that is gone by then", () => {
+      expect(joined({}, hopper)).toBeNull();
+      expect(joined({ rows: 2 })).toBeNull();
+      expect(joined({ format: withScale(FORMATS.float8_e4m3, { block: [1, "all"] }) })).toBeNull();
+      expect(joined({ k: 8448 })).toBeNull();
+      expect(joined({ lives: false })).toBeNull();
+    });
   });
 
   test("only names of kernels on trial put a feature on trial", () => {

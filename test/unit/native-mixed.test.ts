@@ -40,7 +40,8 @@ const refusal = (made: Case, on = hopper) =>
 function rest(made: Case): number[] {
   const program = plan(made);
   const step = new BoundStep(program.graph, program.steps[0] as Plan["steps"][number], {});
-  const [dispatch] = chosen(program).kernel.build(new BuildContext(step, program.memory, hopper, {}));
+  const kernel = LINEAR_KERNELS.find((row) => row.id === MIXED) as NativeKernel;
+  const [dispatch] = kernel.build(new BuildContext(step, program.memory, hopper, {}));
   return (dispatch as NativeDispatch).args.slice(-6);
 }
 

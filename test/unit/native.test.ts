@@ -4,14 +4,14 @@ import { type Capabilities, GUARD_WORD } from "../../src/backends/backend.js";
 import { ADDON_PATH, checkAddon, codedError, loadAddon } from "../../src/backends/native/addon.js";
 import { cudaCapabilities, H100 } from "../../src/backends/native/capabilities.js";
 import { choose } from "../../src/backends/native/device.js";
-import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
+import { BuildContext, type NativeDispatch, type NativeKernel, value } from "../../src/backends/native/kernel.js";
 import { NATIVE_KERNELS } from "../../src/backends/native/kernels/table.js";
 import { openTrace } from "../../src/backends/trace/device.js";
 import { WEBGPU_KERNELS } from "../../src/backends/webgpu/kernels/table.js";
 import { TIERS } from "../../src/codegen/support.js";
 import { FewbitError } from "../../src/core/errors.js";
 import { FORMATS } from "../../src/formats/table.js";
-import { dense, type Graph, GraphBuilder, stored } from "../../src/ir/graph.js";
+import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../../src/ir/graph.js";
 import type { DenseTensor } from "../../src/ir/tensor.js";
 import { makePlan, type Plan } from "../../src/plan/plan.js";
 import { BoundStep } from "../../src/plan/step.js";
@@ -185,6 +185,32 @@ describe("an executable over the addon's interface", () => {
     expect(program?.buckets.map(({ capture, largest }) => [capture, largest])).toEqual([[true, []]]);
     await device[Symbol.asyncDispose]();
   });
+
+  test.each([true, false])(
+    "a kernel that takes over the step before it launches once, read elsewhere: %s",
+    async (read) => {
+      const joining: NativeKernel = {
+        ...RELU,
+        join: (context, before) => {
+          const [dispatch] = RELU.build(context) as [NativeDispatch];
+          const bindings = [value(before.bound.step.inputs[0] as ValueId), ...dispatch.bindings.slice(1)];
+          return [{ ...dispatch, bindings }];
+        },
+      };
+      const g = new GraphBuilder({ T: 4 });
+      const first = g.one("unary", [g.input("x", dense("f32", ["T", 8]))], { fn: "relu" });
+      g.output("y", g.one("unary", [first], { fn: "relu" }));
+      if (read) g.output("first", first);
+      const plan = makePlan(g.build(), { kernels: [joining], capabilities: hopper.capabilities });
+      const { device } = openFakeCuda();
+      using executable = await device.load(plan, () => expect.fail("it has no weights"));
+      executable.write("x", { dtype: "f32", shape: [4, 8], data: Float32Array.from({ length: 32 }, (_, i) => 3 - i) });
+      executable.submit({ T: 4 });
+      expect(executable.statistics.dispatches).toBe(read ? 2 : 1);
+      const { data } = (await executable.read("y")) as DenseTensor;
+      expect([...data]).toEqual(Array.from({ length: 32 }, (_, i) => Math.max(0, 3 - i)));
+    },
+  );
 
   test("guard words tell which buffer was written beyond its end, and rows that a run does not have", async () => {
     const { fake, device } = openFakeCuda();

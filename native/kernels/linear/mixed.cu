@@ -13,7 +13,9 @@ cudaError_t runMixed(const Launch& launch) {
   MixedParams p;
   uint8_t* scratch = nullptr;
   uint64_t scratchBytes = 0;
-  if (!readSkinny(launch, p, scratch, scratchBytes)) return cudaErrorInvalidValue;
+  Arguments arguments(launch);
+  readDecoded(launch, arguments, p, scratch, scratchBytes);
+  if (arguments.broken()) return cudaErrorInvalidValue;
   p.columns = scratch;
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
   if (rows == 0) return cudaSuccess;

@@ -5,9 +5,8 @@
 
 namespace fewbit::linear {
 
-/** Reads their arguments, and the scratch that comes last; false when table and addon disagree. */
-inline bool readSkinny(const Launch& launch, SkinnyParams& p, uint8_t*& scratch, uint64_t& scratchBytes) {
-  Arguments arguments(launch);
+/** Reads what both are given, and the scratch that comes last of it. */
+inline void readDecoded(const Launch& launch, Arguments& arguments, SkinnyParams& p, uint8_t*& scratch, uint64_t& scratchBytes) {
   static_cast<WeightGroup&>(p) = arguments.weightGroup();
   p.x = arguments.activations();
   p.epilogue = arguments.epilogue();
@@ -18,7 +17,6 @@ inline bool readSkinny(const Launch& launch, SkinnyParams& p, uint8_t*& scratch,
   p.parts3 = arguments.small();
   scratch = arguments.buffer(&scratchBytes);
   p.symbols = launch.deviceSymbols;
-  return !arguments.broken();
 }
 
 }  // namespace fewbit::linear

@@ -4,6 +4,7 @@
 // four signed bytes: four columns of x. A bf16 keeps its 8 bits if its exponent is at most 22 below that of its unit's largest; a chunk of x
 // that has a smaller one, or one that is not finite, stays bf16 and meets codes in bf16.
 #pragma once
+#include "skinny-norm.cuh"
 #include "skinny-worker.cuh"
 
 namespace fewbit::linear {
@@ -49,6 +50,13 @@ struct Digits {
     const Octets<Codes> octets(walk, warp);
     const uint8_t* row = p.x.at + m * p.x.stride;
     const auto targetOf = [&](int octet) { return shared + at.x + octets.chunk(octet) * bytes; };
+    if (p.norm.row != nullptr) {
+      normRow<Codes>(p, reinterpret_cast<SkinnyBarriers*>(shared)->squares, walk, warp, [&](int octet, const uint32_t (&words)[4]) {
+        stageOctet(p, shared, at, octets.chunk(octet), octet % octetsOfChunk, words, targetOf(octet), octet < octets.count);
+      });
+      __syncwarp();
+      return;
+    }
     // What is to be cut up lies in the upper half of a chunk's place, and everything is asked for at once.
     const auto rawOf = [&](int octet) { return targetOf(octet) + bytes / 2 + octet % octetsOfChunk * 16; };
 #pragma unroll 1
@@ -62,14 +70,14 @@ struct Digits {
       const bool mine = octet < octets.count;
       const uint4 raw = mine ? *reinterpret_cast<const uint4*>(rawOf(octet)) : make_uint4(0, 0, 0, 0);
       __syncwarp();
-      stageOctet(p, shared, at, octets.chunk(octet), octet % octetsOfChunk, raw, targetOf(octet), mine);
+      stageOctet(p, shared, at, octets.chunk(octet), octet % octetsOfChunk, {raw.x, raw.y, raw.z, raw.w}, targetOf(octet), mine);
     }
     __syncwarp();
   }
 
+  /** An octet of bf16 of a chunk that the lanes of its octets stage together. */
   __device__ __forceinline__ static void stageOctet(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, int chunk,
-                                                    int inChunk, const uint4& raw, uint8_t* target, bool mine) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+                                                    int inChunk, const uint32_t (&words)[4], uint8_t* target, bool mine) {
     const auto valueOf = [&](int j) { return __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u); };
     uint32_t largest = 0, least = ~0u;  // least of those that are not zero, less 1
 #pragma unroll
@@ -143,16 +151,6 @@ struct Digits {
     }
   }
 
-  __device__ __forceinline__ static void multiply(int (&sum)[4], const uint32_t (&low)[4], const uint32_t (&high)[4], const uint4& b) {
-    multiply16x8x32(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
-    multiply16x8x32(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
-  }
-  __device__ __forceinline__ static void multiply16x8x32(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-
   float total[4], zeros[4];  // of the columns 2t, 2t + 1, for rows lane / 4 and 8 rows on
 
   __device__ __forceinline__ void clear() {
@@ -199,7 +197,7 @@ struct Digits {
           uint32_t low[4], high[4];
           Codes::bytes(codes + block * (8 * Codes::bits), flip, low);
           Codes::bytes(codes + 8 * C::pitch + block * (8 * Codes::bits), flip, high);
-          multiply(sum, low, high, *reinterpret_cast<const uint4*>(x + block * (64 * kDigits)));
+          multiplyBytes16x8x64(sum, low, high, *reinterpret_cast<const uint4*>(x + block * (64 * kDigits)));
         }
         float whole[4];
 #pragma unroll

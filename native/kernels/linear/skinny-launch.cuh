@@ -26,6 +26,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
     p.scaleSlots = (stages + ofTile - 1 + ofTile - 1) / ofTile;
     return sharedOf<Codes, Tiles, Mode>(p).total;
   };
+  if (p.norm.row != nullptr && (rows != 1 || p.k > kMostNormed || p.parts3 != 1)) return cudaErrorInvalidValue;
   // All of K in one slice where x fits; then as few slices, and as few passes over the weights, as fit.
   int slices = 0, passes = 1;
   const int wanted = p.columnsOfX;
@@ -38,7 +39,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
         break;
       }
     }
-    if (slices == 0 && p.columnsOfX == 1) return cudaErrorInvalidConfiguration;
+    if ((slices == 0 && p.columnsOfX == 1) || (slices > 1 && p.norm.row != nullptr)) return cudaErrorInvalidConfiguration;
   }
   // As many stages as leave room for a second block; where x is too large for that, as many as fit.
   const size_t half = (device.sharedPerBlock - 1024) / 2;
@@ -69,11 +70,16 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   return launchOverlapped(launch, finishSlices, dim3(finishing), 256, 0, p, slices);
 }
 
+/** Whether rows of x can be copied in pieces of 16 bytes, of `elements` each. */
+inline bool inPieces(const SkinnyParams& p, int elements) {
+  return ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % elements == 0;
+}
 /** Whether x is a row that skinny-digits.cuh can take. */
 inline bool inDigits(const SkinnyParams& p) {
-  const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
-  return p.columnsOfX == 1 && p.separable && p.x.bits == 16 && !p.x.half && p.x.zero.codec == ScaleCodec::none && aligned;
+  return p.columnsOfX == 1 && p.separable && p.x.bits == 16 && !p.x.half && p.x.zero.codec == ScaleCodec::none && inPieces(p, 8);
 }
+/** Whether a code of the weights is a signed byte as it lies. */
+inline bool signedBytes(const SkinnyParams& p) { return p.element.flip == 128 && p.element.offset == 128.0f && !p.element.zeros; }
 
 /** Kernels for up to 8 columns of x, and for up to 32 where the mode is a hot one; rows beyond them take another pass. */
 template <class Codes, class Mode>
@@ -119,8 +125,11 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
     if (plain) return chooseTiles<Codes, Plain>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, IntCodes<8>>) {
-    if (plain && p.element.flip == 128 && p.element.offset == 128.0f)
-      return chooseTiles<SignedBytes, Plain>(launch, p, rows, scratchBytes);
+    if (plain && signedBytes(p)) return chooseTiles<SignedBytes, Plain>(launch, p, rows, scratchBytes);
+    if (p.promote == Promote::integer && p.bytes && signedBytes(p) && rows == 1 && inPieces(p, 16)) {
+      p.columnsOfX = 1;
+      return launchSkinny<SignedBytes, 1, InBytes>(launch, p, rows, scratchBytes);
+    }
   }
   if constexpr (std::is_same_v<Codes, Int4Codes>) {
     if (grouped<Codes>(launch, p, 2, ScaleCodec::bf16, true))

@@ -19,6 +19,13 @@ struct SkinnyParams : WeightGroup {
   bool separable = false;  // x's codes are exact in bf16 and its scales constant along K
   int columnsOfX = 1;      // rows of x that one block takes
   int parts3 = 3;          // bf16 parts of an element of x
+  bool bytes = false;      // x's codes are signed bytes, without zero points
+  /** x is one row, the rmsnorm of `row` times `weight` in bf16: `x` says its shape alone. */
+  struct {
+    const float* row = nullptr;
+    const float* weight = nullptr;
+    float eps = 0.0f;
+  } norm;
 
   int stages = 2;      // of the ring
   int inFlight = 2;    // stages of it that are on their way at a time: more would hold up x and what other kernels read
@@ -35,23 +42,23 @@ struct SkinnyParams : WeightGroup {
  * others are the hot cases: segments can be interleaved, and scales come with the weights.
  */
 struct Any {
-  static constexpr bool digits = false, fixed = false, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, bytes = false, fixed = false, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** Scales and zero points do not stand in the loop over K. */
 struct Plain {
-  static constexpr bool digits = false, fixed = true, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, bytes = false, fixed = true, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** A scale of `Bytes` bytes (bf16 or e8m0) for each `Unit` segments, and perhaps a bf16 zero point that is added. */
 template <int Unit, bool Zero, int Bytes = 2>
 struct Grouped {
-  static constexpr bool digits = false, fixed = true, scaled = true, floatZero = Zero, folds = false;
+  static constexpr bool digits = false, bytes = false, fixed = true, scaled = true, floatZero = Zero, folds = false;
   static constexpr int unit = Unit, scaleBytes = Bytes;
 };
 /** e4m3 scales of 16 elements multiply the codes. */
 struct Folded {
-  static constexpr bool digits = false, fixed = true, scaled = false, floatZero = false, folds = true;
+  static constexpr bool digits = false, bytes = false, fixed = true, scaled = false, floatZero = false, folds = true;
   static constexpr int unit = 1, scaleBytes = 1;
 };
 
@@ -61,6 +68,12 @@ template <class Mode>
 struct InDigits : Mode {
   static constexpr bool digits = true;
 };
+/** One row of signed bytes by signed bytes (skinny-bytes.cuh). */
+struct InBytes : Plain {
+  static constexpr bool bytes = true;
+};
+/** Elements of a row that is normed where it is multiplied (skinny-norm.cuh). */
+constexpr int kMostNormed = 8192;
 
 /** Warps that multiply. They share each tile's K: warp i takes the chunks i, i + kWorkers, ... */
 constexpr int kWorkers = 8;
@@ -94,6 +107,17 @@ __device__ __forceinline__ void multiplyFresh16x8x16(float (&sum)[4], const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
+/** The same of 64 elements of signed bytes, to int32; lanes hold 16 neighbouring codes of a row, and x is in their order. */
+__device__ __forceinline__ void multiplyBytes16x8x32(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiplyBytes16x8x64(int (&sum)[4], const uint32_t (&low)[4], const uint32_t (&high)[4], const uint4& b) {
+  multiplyBytes16x8x32(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
+  multiplyBytes16x8x32(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
+}
+
 /** Copies of a tile's sums that meet are laid out by column, and so that a warp's stores fall into different banks. */
 constexpr int kPitch = 20;  // floats of a column of 16 rows
 
@@ -117,10 +141,10 @@ __host__ __device__ inline int stagesOfTile(int count) {
   return (chunksOf<Codes>(count) + kWorkers - 1) / kWorkers;
 }
 
-/** Columns of x from one segment of 32 elements to the next; digits take the place of two. */
+/** Bytes of x in shared memory from one segment of 32 elements to the next. */
 template <class Mode>
-__host__ __device__ inline int columnPitch(const SkinnyParams& p) {
-  return Mode::digits ? kDigits / 2 : p.columnsOfX * p.parts3;
+__host__ __device__ inline int segmentBytes(const SkinnyParams& p) {
+  return Mode::bytes ? 32 : Mode::digits ? 32 * kDigits : p.columnsOfX * p.parts3 * 64;
 }
 
 /** Bytes from row to row of a tile's scales in shared memory. */
@@ -133,6 +157,7 @@ constexpr int kMostStages = 8;
 struct SkinnyBarriers {
   uint64_t full[kMostStages], empty[kMostStages];
   uint64_t summed[2], stored[2];
+  float squares[kWorkers];  // sums of a row that is normed
 };
 
 /** Floats that a chunk's sums of x take, or what digits are summed with. */
@@ -159,7 +184,7 @@ __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
   const size_t segments = chunksOf<Codes>(p.kSlice) * C::segments;
   SkinnyShared at;
   at.x = (sizeof(SkinnyBarriers) + 127) / 128 * 128;
-  at.sums = at.x + segments * (Mode::digits ? kDigits * 32 : p.columnsOfX * p.parts3 * 64);
+  at.sums = at.x + segments * segmentBytes<Mode>(p);
   at.parts = at.sums + (p.floatZero || Mode::digits ? segments / C::segments * sumsOfChunk<Codes, Tiles, Mode>(p) * 4 : 0);
   at.exchange = at.parts + (Mode::digits && Mode::floatZero ? segments / C::segments * kPartBytes : 0);
   at.scales = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;

@@ -119,9 +119,10 @@ struct Octet {
 /** x whose elements of `Width` bits can be loaded eight at a time; code 0 is 0. */
 template <class Codes, int Tiles, int Width>
 __device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* target, const SumsOfX<Codes, Tiles>& sums,
-                                            const Walk<Codes>& walk, const Octets<Codes>& octets, int columns, int m0, int rows) {
+                                            const Walk<Codes>& walk, const Octets<Codes>& octets, int m0, int rows) {
   constexpr int batch = Width == 32 ? 2 : 4;  // octets that a lane loads at once
   const int lane = threadIdx.x % 32;
+  const int columns = p.columnsOfX * p.parts3;
 #pragma unroll 1
   for (int m = 0; m < p.columnsOfX; m++) {
     const uint8_t* row = p.x.at + (m0 + m) * p.x.stride;
@@ -149,8 +150,9 @@ __device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* targ
 /** x of any kind, an element at a time. */
 template <class Codes, int Tiles>
 __device__ __noinline__ void stageElements(const SkinnyParams& p, uint8_t* target, SumsOfX<Codes, Tiles> sums, Walk<Codes> walk,
-                                           Octets<Codes> octets, int columns, int m0, int rows) {
+                                           Octets<Codes> octets, int m0, int rows) {
   const int lane = threadIdx.x % 32;
+  const int columns = p.columnsOfX * p.parts3;
 #pragma unroll 1
   for (int m = 0; m < p.columnsOfX; m++) {
 #pragma unroll 1
@@ -179,6 +181,12 @@ __device__ __noinline__ void stageElements(const SkinnyParams& p, uint8_t* targe
   }
 }
 
+template <class Codes, int Tiles, class Mode>
+__device__ __forceinline__ SumsOfX<Codes, Tiles> sumsOfX(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at) {
+  const int unit = Mode::fixed && Mode::scaled ? Mode::unit : p.unit;
+  return {reinterpret_cast<float*>(shared + at.sums), 33 - __clz(unit), sumsOfChunk<Codes, Tiles, Mode>(p)};
+}
+
 /**
  * A worker's chunks of x, split and laid out as [segment][column][lane % 4][8], and their sums over what is promoted together where
  * zero points multiply those. Each worker reads only what it stored itself.
@@ -187,16 +195,14 @@ template <class Codes, int Tiles, class Mode>
 __device__ __forceinline__ void stageX(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, const Walk<Codes>& walk,
                                        int warp, int m0, int rows) {
   const Octets<Codes> octets(walk, warp);
-  const int unit = Mode::fixed && Mode::scaled ? Mode::unit : p.unit;
-  const SumsOfX<Codes, Tiles> sums{reinterpret_cast<float*>(shared + at.sums), 33 - __clz(unit), sumsOfChunk<Codes, Tiles, Mode>(p)};
+  const SumsOfX<Codes, Tiles> sums = sumsOfX<Codes, Tiles, Mode>(p, shared, at);
   uint8_t* target = shared + at.x;
-  const int columns = columnPitch<Mode>(p);
   const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
   const bool exact = aligned && p.separable && p.x.zero.codec == ScaleCodec::none;
-  if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, columns, m0, rows);
-  else if (exact && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, columns, m0, rows);
-  else if (exact && p.x.bits == 8) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, columns, m0, rows);
-  else stageElements<Codes, Tiles>(p, target, sums, walk, octets, columns, m0, rows);
+  if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.x.bits == 8) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, m0, rows);
+  else stageElements<Codes, Tiles>(p, target, sums, walk, octets, m0, rows);
   __syncwarp();
 }
 

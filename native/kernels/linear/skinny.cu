@@ -12,7 +12,16 @@ cudaError_t run(const Launch& launch) {
   SkinnyParams p;
   uint8_t* scratch = nullptr;
   uint64_t scratchBytes = 0;
-  if (!readSkinny(launch, p, scratch, scratchBytes)) return cudaErrorInvalidValue;
+  Arguments arguments(launch);
+  readDecoded(launch, arguments, p, scratch, scratchBytes);
+  p.bytes = arguments.flag();
+  p.norm.row = reinterpret_cast<const float*>(arguments.buffer());
+  if (p.norm.row != nullptr) {
+    p.norm.row += arguments.integer();
+    p.norm.weight = reinterpret_cast<const float*>(arguments.buffer());
+    p.norm.eps = arguments.real();
+  }
+  if (arguments.broken()) return cudaErrorInvalidValue;
   p.partial = reinterpret_cast<float*>(scratch);
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
   if (rows == 0) return cudaSuccess;
@@ -25,6 +34,6 @@ cudaError_t run(const Launch& launch) {
 namespace fewbit {
 extern const Entry kLinearSkinnyEntries[];
 extern const size_t kLinearSkinnyEntryCount;
-const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 2, linear::run}};
+const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 3, linear::run}};
 const size_t kLinearSkinnyEntryCount = sizeof kLinearSkinnyEntries / sizeof *kLinearSkinnyEntries;
 }  // namespace fewbit

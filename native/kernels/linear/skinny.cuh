@@ -4,13 +4,15 @@
 // significant bits are bf16 exactly, and a float32 is exactly the sum of three bf16 of 8 bits each, so x takes three columns a row
 // (one, when its own stored codes are exact in bf16): every product is exact, sums are float32, scales multiply partial sums.
 //
-// A row of bf16 by integer codes is multiplied in whole numbers instead (skinny-digits.cuh).
+// A row of bf16 by integer codes is multiplied in whole numbers instead (skinny-digits.cuh), one of signed bytes by such as it lies
+// (skinny-bytes.cuh). A row may also be made here, from one that is normed first (skinny-norm.cuh).
 //
 // A block walks over tiles of 16 output features. One of its warps streams the weights into a ring of shared memory, across tiles and
 // before x is there. Eight warps share a tile's K and multiply; others add up what those found and store it, so that nobody waits for an
 // epilogue. A block takes less than half a multiprocessor where x is small, so that the next kernel's rings fill while one ends. x
 // stays in shared memory, in the order in which lanes read it; what does not fit is left to blocks of other slices of K.
 #pragma once
+#include "skinny-bytes.cuh"
 #include "skinny-digits.cuh"
 #include "skinny-finish.cuh"
 #include "skinny-stored.cuh"
@@ -54,6 +56,7 @@ __global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 :
     fetchWeights<Codes, Tiles, Mode>(p, shared, at, walk);
     return;
   }
+  if (Tiles == 1 && p.norm.row != nullptr && warp < kWorkers) prefetchNorm<Codes>(p, walk, warp);
   awaitPredecessor();
   if (warp > kWorkers) {
     const int group = (warp - kWorkers - 1) / kFinishers(Tiles);  // which of two tiles, and of two copies of sums
@@ -70,7 +73,8 @@ __global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 :
   }
 
   const Worker<Codes, Mode> worker{p, shared, at, walk, exchange, sheet, warp, lane};
-  if constexpr (Mode::digits) multiplyDigits(worker, m0);
+  if constexpr (Mode::bytes) multiplyBytes(worker, m0);
+  else if constexpr (Mode::digits) multiplyDigits(worker, m0);
   else multiplyStored<Codes, Tiles, Mode>(worker, m0, rows);
 }
 

@@ -170,9 +170,24 @@ function buildBucket(
   choices: Plan["buckets"][number]["choices"],
   device: CudaDevice,
 ): Built[] {
-  return choices.flatMap(({ kernel }, step) => {
-    const bound = new BoundStep(plan.graph, plan.steps[step] as Plan["steps"][number], symbols);
-    const context = new BuildContext(bound, plan.memory, device.capabilities, plan.graph.symbols);
-    return (kernel as NativeKernel).build(context).map((dispatch) => ({ step, dispatch }));
-  });
+  const contexts = plan.steps.map(
+    (step) =>
+      new BuildContext(new BoundStep(plan.graph, step, symbols), plan.memory, device.capabilities, plan.graph.symbols),
+  );
+  const built: Built[] = [];
+  for (const [step, context] of contexts.entries()) {
+    const kernel = choices[step]?.kernel as NativeKernel;
+    const before = contexts[step - 1];
+    const joined = before !== undefined && readsAlone(plan, step) ? (kernel.join?.(context, before) ?? null) : null;
+    while (joined !== null && built.at(-1)?.step === step - 1) built.pop();
+    built.push(...(joined ?? kernel.build(context)).map((dispatch) => ({ step, dispatch })));
+  }
+  return built;
+}
+
+/** Whether nothing but a step reads what the one before it makes. */
+function readsAlone({ graph, steps }: Plan, step: number): boolean {
+  const read = new Set(Object.values(graph.outputs));
+  for (const [i, { inputs }] of steps.entries()) if (i !== step) for (const id of inputs) read.add(id);
+  return steps[step - 1]?.outputs.every((id) => !read.has(id)) === true;
 }

@@ -35,6 +35,11 @@ export interface NativeKernel extends KernelRow {
   /** Every entry that `build` may name; an addon without one of them is refused when it is opened. */
   readonly entries: readonly Entry[];
   build(context: BuildContext): NativeDispatch[];
+  /**
+   * The dispatches of a step together with those of the step right before it, whose results nothing else reads; null when they do not go
+   * together. Values between the two are not stored.
+   */
+  join?(context: BuildContext, before: BuildContext): NativeDispatch[] | null;
 }
 
 /** A step as a native kernel builds it: shapes and layouts as launch arguments. */

@@ -1,10 +1,17 @@
 import type { Node, ValueId } from "../../../ir/graph.js";
+import type { BoundStep } from "../../../plan/step.js";
 import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, value } from "../kernel.js";
 import { Arguments, operand } from "./general-arguments.js";
 
 const NORM: Entry = { name: "general/norm", abi: 1 };
 const SAMPLE: Entry = { name: "general/sample", abi: 1 };
 const ROUTE: Entry = { name: "general/moe_route", abi: 1 };
+
+/** Why a norm's weights cannot be read before earlier kernels are complete, or null. */
+export function earlyObstacle(bound: BoundStep, { inputs }: Node<"rmsnorm" | "layernorm">): string | null {
+  const made = inputs.slice(1).find((id) => bound.graph.values[id]?.role !== "weight");
+  return made === undefined ? null : `${bound.name(made)} is no weight: it may be made by an earlier step`;
+}
 
 /** A norm as `readNorm` of `norm.cuh` takes it. */
 export function normOf(context: BuildContext, entry: Entry): NativeDispatch[] {

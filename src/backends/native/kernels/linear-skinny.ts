@@ -1,15 +1,22 @@
-import { codecBits } from "../../../formats/format.js";
+import { codecBits, codecName, type Format } from "../../../formats/format.js";
+import type { ValueId } from "../../../ir/graph.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { linearStep } from "../../linear-step.js";
-import { type Entry, type NativeKernel, scratch } from "../kernel.js";
+import { TRIALS } from "../capabilities.js";
+import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, scratch } from "../kernel.js";
+import { operand } from "./general-arguments.js";
+import { quantizeStep } from "./general-quantize.js";
+import { earlyObstacle } from "./general-rows.js";
 import { formatsOf, isSeparable, LinearArguments } from "./linear-arguments.js";
 import { decodedObstacle, promotion } from "./linear-decoded.js";
 
-const SKINNY: Entry = { name: "linear/skinny", abi: 2 };
+const SKINNY: Entry = { name: "linear/skinny", abi: 3 };
 
 /** Rows of x from which on weights are read too often. */
 const MOST_ROWS = 32;
+/** Elements of a row that is normed where it is multiplied, as in skinny-params.cuh. */
+const MOST_NORMED = 8192;
 /** Columns of x, as bf16 numbers, that one pass over the weights takes. */
 const MOST_COLUMNS = 32;
 
@@ -48,6 +55,49 @@ function scratchBytes(bound: BoundStep): number {
   return 4 * (Math.ceil(bytes / SLICE_BYTES) + 1) * bound.outputRows * n * linearStep(bound).parts.length;
 }
 
+/** The rmsnorm that makes x, and the row that it norms. */
+interface NormedRow {
+  readonly row: ValueId;
+  readonly weight: ValueId;
+  readonly eps: number;
+}
+
+/** What the step before norms and rounds to bf16, when a linear of one row can do that itself: the row must still be there. */
+function normedRow(context: BuildContext, before: BuildContext): NormedRow | null {
+  const { bound, memory, device } = context;
+  if (!device.features.has(TRIALS.norms) || bound.outputRows !== 1 || before.bound.step.kind !== "quantize")
+    return null;
+  const { node, norm, operands } = quantizeStep(before.bound);
+  const { x, k } = linearStep(bound);
+  if (norm === undefined || node.outputs[0] !== x || node.attrs.dtype !== undefined) return null;
+  const { element, scales } = node.attrs.format;
+  if (codecName(element) !== "bf16" || scales.length > 0 || k % 8 !== 0 || k > MOST_NORMED) return null;
+  const { root, column } = before.placement(operands[0]);
+  const [, last] = memory.live.get(root) ?? [0, Number.POSITIVE_INFINITY];
+  if (column % 4 !== 0 || last < bound.step.id || earlyObstacle(before.bound, norm) !== null) return null;
+  return { row: operands[0], weight: norm.inputs[1] as ValueId, eps: norm.attrs.eps };
+}
+
+/** Whether codes of x are signed bytes as they lie. */
+const signedBytes = (x: Format | null): boolean =>
+  x?.element.kind === "int" && x.element.bits === 8 && x.element.signed && x.zero.domain === "none";
+
+function dispatch(context: BuildContext, normed: NormedRow | null): NativeDispatch[] {
+  const { bound, device } = context;
+  const written = new LinearArguments()
+    .weightGroup(context)
+    .activations(context)
+    .epilogue(context)
+    .int(...promotion(bound, chunkOf(bound)).args)
+    .buffer(scratchBytes(bound) > 0 ? scratch : undefined)
+    .int(device.features.has(TRIALS.bytes) && signedBytes(formatsOf(bound).x))
+    .buffer(normed === null ? undefined : operand(context, normed.row));
+  if (normed !== null)
+    written.int(context.strided(normed.row)[1]).buffer(operand(context, normed.weight)).real(normed.eps);
+  const { bindings, args } = written;
+  return [{ label: bound.describe(), entry: SKINNY, bindings, args }];
+}
+
 export const SKINNY_KERNELS: readonly NativeKernel[] = [
   {
     id: "cuda/linear/skinny",
@@ -58,15 +108,10 @@ export const SKINNY_KERNELS: readonly NativeKernel[] = [
     rowTile: 8,
     efficiency: { bandwidth: 0.75, compute: 0.06 },
     scratch: scratchBytes,
-    build: (context) => {
-      const needed = scratchBytes(context.bound) > 0;
-      const { bindings, args } = new LinearArguments()
-        .weightGroup(context)
-        .activations(context)
-        .epilogue(context)
-        .int(...promotion(context.bound, chunkOf(context.bound)).args)
-        .buffer(needed ? scratch : undefined);
-      return [{ label: context.bound.describe(), entry: SKINNY, bindings, args }];
+    build: (context) => dispatch(context, null),
+    join: (context, before) => {
+      const row = normedRow(context, before);
+      return row === null ? null : dispatch(context, row);
     },
   },
 ];

@@ -6,7 +6,7 @@ import { type Entry, type NativeKernel, scratch } from "../kernel.js";
 import { ruleObstacle } from "./general-arguments.js";
 import { CHOOSE, quantizeJob, quantizeScratch, quantizeStep } from "./general-quantize.js";
 import { headObstacle, ropeOf, sizeOfHead } from "./general-rope.js";
-import { normOf, sampleOf } from "./general-rows.js";
+import { earlyObstacle, normOf, sampleOf } from "./general-rows.js";
 
 const NORM: Entry = { name: "rows/norm", abi: 1 };
 const QUANTIZE: Entry = { name: "rows/quantize", abi: 2 };
@@ -30,12 +30,6 @@ function fourObstacle({ name, element, scales }: Format, k: number): string | nu
   const width = block === undefined ? k : extentOf(block, k);
   if (width === k || (k % width === 0 && BLOCKS.includes(width))) return null;
   return `a block of ${name} spans ${width} elements of a row: ${BLOCKS.join(", ")} or all are taken`;
-}
-
-/** Why a norm's weights cannot be read before earlier kernels are complete, as these kernels do, or null. */
-function earlyObstacle(bound: BoundStep, { inputs }: Node<"rmsnorm" | "layernorm">): string | null {
-  const made = inputs.slice(1).find((id) => bound.graph.values[id]?.role !== "weight");
-  return made === undefined ? null : `${bound.name(made)} is no weight: it may be made by an earlier step`;
 }
 
 /** What holds for quantize steps of any number of rows; `whole`: a row must be known before it is coded. */

@@ -1,7 +1,17 @@
 import type { ValueId } from "../../../ir/graph.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { type BuildContext, type Dispatch, read, shaderHead, value, write } from "../kernel.js";
-import { keyExtent, NONE, queryRows, REAL, type SdpaText, sdpaStep, sdpaText } from "./sdpa-step.js";
+import {
+  hidesWgsl,
+  keyExtent,
+  NONE,
+  queryRows,
+  REAL,
+  type SdpaText,
+  sdpaStep,
+  sdpaText,
+  weighedWgsl,
+} from "./sdpa-step.js";
 
 /** Keys of a block: one a thread. */
 const BLOCK = 64;
@@ -152,6 +162,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
   workgroupBarrier();
   for (var begin = first; begin < last; begin += ${BLOCK}u) {
     let j = begin + lid;
+    let hides = ${hidesWgsl("begin", BLOCK, `min(r0, rows - 1u) / ${group}u`, `(min(r0 + ${count}u, rows) - 1u) / ${group}u`)};
     ${each((r) => `var score${r} = 0.0;`, " ")}
     if (j < last) {
       let row = key_row(b, h, j);
@@ -177,6 +188,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
       let p = select(0.0, exp(score - next${r}), score > ${REAL});
       let factor = select(exp(top${r} - next${r}), 1.0, top${r} == next${r});
       weight[${r * BLOCK}u + lid] = rounded(p) * gain;
+      if (hides) { if (hidden((r0 + ${r}u) / ${group}u, j)) { weight[${r * BLOCK}u + lid] = ${NONE}; } }
       total${r} = total${r} * factor + p;
       acc${r} *= factor;
     }`,
@@ -186,7 +198,11 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(num_workgroups) groups: 
     if (part < ${parts}u) {
       for (var x = part; x < min(${BLOCK}u, last - begin); x += ${parts * among}u) {
         ${steps(among, (n) => `let v${n} = vr_raw(key_row(b, h, min(begin + x + ${n * parts}u, last - 1u)), column * 4u);`)}
-        ${each((r) => steps(among, (n) => `acc${r} += weight[${r * BLOCK}u + x + ${n * parts}u] * v${n};`), " ")}
+        if (hides) {
+          ${each((r) => steps(among, (n) => `acc${r} += ${weighedWgsl(`weight[${r * BLOCK}u + x + ${n * parts}u]`, `v${n}`)};`), " ")}
+        } else {
+          ${each((r) => steps(among, (n) => `acc${r} += weight[${r * BLOCK}u + x + ${n * parts}u] * v${n};`), " ")}
+        }
       }
     }
     workgroupBarrier();

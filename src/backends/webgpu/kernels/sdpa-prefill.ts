@@ -1,6 +1,6 @@
 import type { ValueId } from "../../../ir/graph.js";
 import { type BuildContext, type Dispatch, shaderHead, value, write } from "../kernel.js";
-import { NONE, queryRows, REAL, type SdpaText, sdpaText } from "./sdpa-step.js";
+import { hidesWgsl, NONE, queryRows, REAL, type SdpaText, sdpaText, weighedWgsl } from "./sdpa-step.js";
 
 /** Query rows and keys of a tile. A thread makes MICRO x MICRO scores, and MICRO rows of a vec4 of outputs per chunk. */
 const TILE = 32;
@@ -55,13 +55,21 @@ function prefillSource(text: SdpaText): string {
       ${guard(load, `${ok}${inside("i")}`).replaceAll("tile[", `${tile}[`)}
     }`;
   const key = "key_row(b, h, begin + line)";
+  const weight = (i: number) => `tile_p[(tm * ${MICRO}u + ${i}u) * ${TILE + 1}u + j]`;
   const product = (c: number) => `{
     let c = ${c}u;
     ${fill("tile_k", "begin + line < last", `vr_vec(${key}, i * 4u)`)}
     workgroupBarrier();
-    for (var j = 0u; j < ${TILE}u; j++) {
-      let v = tile_k[j * ${PITCH}u + tn];
-      ${each((i) => `acc${c}_${i} += tile_p[(tm * ${MICRO}u + ${i}u) * ${TILE + 1}u + j] * v;`).join("\n      ")}
+    if (hides) {
+      for (var j = 0u; j < ${TILE}u; j++) {
+        let v = tile_k[j * ${PITCH}u + tn];
+        ${each((i) => `acc${c}_${i} += ${weighedWgsl(weight(i), "v")};`).join("\n        ")}
+      }
+    } else {
+      for (var j = 0u; j < ${TILE}u; j++) {
+        let v = tile_k[j * ${PITCH}u + tn];
+        ${each((i) => `acc${c}_${i} += ${weight(i)} * v;`).join("\n        ")}
+      }
     }
     workgroupBarrier();
   }`;
@@ -111,6 +119,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
     .map((name) => `var ${name} = vec4<f32>();`)
     .join(" ")}
   for (var begin = first; begin < last; begin += ${TILE}u) {
+    let hides = ${hidesWgsl("begin", TILE, `r0 / ${group}u`, `(min(r0 + ${TILE}u, rows) - 1u) / ${group}u`)};
     ${each((i) => `var sum${i} = vec4<f32>();`).join(" ")}
     for (var c = 0u; c < ${chunks}u; c++) {
     ${fill("tile_q", "r0 + line < rows", `query_vec(b, head_of(r0 + line, h), (r0 + line) / ${group}u, i)`)}
@@ -137,6 +146,7 @@ fn main(@builtin(workgroup_id) wid: vec3<u32>, @builtin(local_invocation_index) 
       let p = select(0.0, exp(score - next), score > ${REAL});
       sum += p;
       tile_p[half + j] = rounded(p);
+      if (hides) { if (hidden((r0 + lid / 2u) / ${group}u, begin + (lid % 2u) * ${TILE / 2}u + j)) { tile_p[half + j] = ${NONE}; } }
     }
     total = total * factor + sum;
     top = next;

@@ -85,7 +85,8 @@ export interface SdpaText extends SdpaStep {
   /**
    * `query_vec(b, head, t, i)` is vec4 number i of a query times the softmax scale, `kr_vec(row, k)` and `vr_vec(row, k)` those of
    * a key's and a value's row, `key_row(b, h, j)` the row of the key at position j, `score_of(dot, b, head, t, j)` its score or
-   * NONE, `first_key(t)` and `end_key(t)` the keys that query t sees, `rounded(p)` a probability as it meets v.
+   * NONE, `first_key(t)` and `end_key(t)` the keys that query t sees but for its mask, `hidden(t, j)` whether j is none of them,
+   * `rounded(p)` a probability as it meets v.
    */
   readonly functions: string;
   /** The index of a query row's vec4 0 in the output. */
@@ -210,6 +211,7 @@ function scoreFunctions(
   return `fn seen_keys() -> u32 { return ${seen}; }
 fn first_key(t: u32) -> u32 { ${window === undefined ? "return 0u;" : `let p = ${position} + t; return max(p + 1u, ${window}u) - ${window}u;`} }
 fn end_key(t: u32) -> u32 { let p = ${position} + t; return ${to}; }
+fn hidden(t: u32, j: u32) -> bool { return (j < first_key(t)) | (j >= end_key(t)); }
 fn score_of(product: f32, b: u32, head: u32, t: u32, j: u32) -> f32 {
   let p = ${position} + t;
   if (!(${conditions.join(" && ")})) { return ${NONE}; }
@@ -217,6 +219,18 @@ fn score_of(product: f32, b: u32, head: u32, t: u32, j: u32) -> f32 {
   ${lines.join("\n  ")}
   return s;
 }`;
+}
+
+/**
+ * Whether query `from` or `to` does not see a key that another of the queries between them does, of those from `begin` on. Where this is
+ * so, weights of keys that a query does not see are NONE, and `weighedWgsl` leaves their values out: 0 * NaN is NaN.
+ */
+export function hidesWgsl(begin: string, keys: number, from: string, to: string): string {
+  return `(${begin} < first_key(${to})) | (end_key(${from}) < min(${begin} + ${keys}u, last))`;
+}
+
+export function weighedWgsl(weight: string, vector: string): string {
+  return `select(${weight} * ${vector}, vec4<f32>(), ${weight} == ${NONE})`;
 }
 
 function roundedFunction({ probabilities }: SdpaAttrs): string {
