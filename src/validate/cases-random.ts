@@ -42,14 +42,21 @@ export function normals(source: Random, count: number, spread = 1): Float32Array
 }
 
 /**
- * A tensor [rows, k] of a format: normal numbers put through the format's own rule. The rules that search a whole tensor are far
- * too slow for a case table, so their tensors are random codes instead.
+ * A tensor [rows, k] of a format: normal numbers, or NaN at the elements `nan`, put through the format's own rule. The rules that search a
+ * whole tensor are far too slow for a case table, so their tensors are random codes instead, without NaN.
  */
-export function randomTensor(format: Format, shape: readonly [rows: number, k: number], seed: number): QuantizedTensor {
+export function randomTensor(
+  format: Format,
+  shape: readonly [rows: number, k: number],
+  seed: number,
+  nan: readonly number[] = [],
+): QuantizedTensor {
   const source = random(seed);
   const searches = format.rule.kind === "codebook" || format.rule.kind === "hqq" || format.rule.kind === "sinq";
   if (searches) return randomCodes(format, shape, source);
-  return quantizeTensor(normals(source, shape[0] * shape[1], 0.5), shape, "f32", format);
+  const values = normals(source, shape[0] * shape[1], 0.5);
+  for (const index of nan) values[index] = Number.NaN;
+  return quantizeTensor(values, shape, "f32", format);
 }
 
 /** Uniform element codes with scales near 2^-6, zero points in the middle of the codes' range, and a normal table. */

@@ -206,15 +206,21 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
         : sketch.graph.one("sdpa", [q, k, v], attrs);
       return sketch.done({ y: options?.rounds ? sketch.rounded(y) : y });
     },
-    inputs: ({ format, shape }, run, seed) => {
+    inputs: ({ format, shape, options }, run, seed) => {
       const [heads, kvHeads, size, capacity] = [
         at(shape, "heads"),
         at(shape, "kvHeads"),
         at(shape, "size"),
         at(shape, "capacity"),
       ];
+      const [tokens, position] = [run.T as number, run.P as number];
       const cache = (offset: number) => randomTensor(format, [kvHeads * capacity, size], seed + offset);
-      return { q: floats([run.T as number, heads * size], seed), k: cache(1), v: cache(2) };
+      const odd = Array.from({ length: kvHeads }, (_, head) => {
+        const key = position + Math.ceil(tokens / 2);
+        return (head * capacity + key) * size + ((key + 7 * head) % size);
+      });
+      const v = options?.odd ? randomTensor(format, [kvHeads * capacity, size], seed + 2, odd) : cache(2);
+      return { q: floats([tokens, heads * size], seed), k: cache(1), v };
     },
   },
 

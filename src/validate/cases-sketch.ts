@@ -40,6 +40,8 @@ export interface Options {
   readonly same?: boolean;
   readonly scale?: number;
   readonly causal?: boolean;
+  /** A value of a key that some queries of a run do not see yet is NaN. */
+  readonly odd?: boolean;
   /** Gates add up to 1. */
   readonly normalize?: boolean;
   /** All slots of a token read one row of x. */

@@ -9,6 +9,8 @@ namespace {
 constexpr float kNone = -2.0e30f, kReal = -1.5e30f;
 /** Mask entries from here down take their key out: -2^100. */
 constexpr float kMasked = -1.2676506002282294e30f;
+/** What stands for the weight of a key that a query does not see, whose value must not reach it: 0 * NaN is NaN. */
+constexpr float kHidden = -1.0f;
 constexpr int kWarps = 4;
 
 /** A row of k or v, decoded 8 elements at a time where its format allows. */
@@ -178,15 +180,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend(const __grid_constant__ 
     for (int i = 0; i < ROWS; i++) {
       const i64 r = r0 + warp * ROWS + i;
       float score = kNone;
-      if (r < rows && begin + lane < last)
-        score = scoreOf(a, run, dots[i], b, h * group + static_cast<int>(r % group), r / group, begin + lane);
+      const i64 t = r / group, key = begin + lane;
+      if (r < rows && key < last) score = scoreOf(a, run, dots[i], b, h * group + static_cast<int>(r % group), t, key);
       const float next = fmaxf(top[i], warpMax(score));
       const float factor = top[i] == next ? 1.0f : expf(top[i] - next);
       float p = score > kReal ? expf(score - next) : 0.0f;
       total[i] = total[i] * factor + warpSum(p);
       top[i] = next;
       if (a.rounds) p = a.codec.decode(a.codec.encode(p * a.roundScale, a.table), a.table) / a.roundScale;
-      weights[i] = p;
+      const i64 position = run.first + t;
+      weights[i] = key < firstKey(a, position) || key >= endKey(a, run, position) ? kHidden : p;
 #pragma unroll
       for (int part = 0; part < PARTS; part++) sums[i][part] *= factor;
     }
@@ -203,7 +206,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) attend(const __grid_constant__ 
         const int e = part * kWarp + lane;
         const float v = e < a.size ? tile[j * pitch + e] : 0.0f;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) sums[i][part] += p[i] * v;
+        for (int i = 0; i < ROWS; i++)
+          if (p[i] != kHidden) sums[i][part] += p[i] * v;
       }
     }
   }

@@ -1,7 +1,9 @@
 // Attention of few query rows over many keys (flash decoding; Dao et al. 2023). Keys and values are read once for the query heads that
 // share them. Tiles of them are on their way before the kernels before this one have ended, where those do not write them.
 #pragma once
+#include "decode_halves.cuh"
 #include "decode_join.cuh"
+#include "decode_parts.cuh"
 #include "fewbit/overlap.cuh"
 #include "hopper.cuh"
 
@@ -13,6 +15,9 @@ namespace {
 #else
 #define FEWBIT_CLUSTER
 #endif
+
+template <class C, int Size, int Rows, class Shape>
+using Worker = std::conditional_t<C::kHalves, HalvesWorker<C, Size, Rows, Shape>, PartsWorker<C, Size, Rows, Shape>>;
 
 template <int Bytes>
 __device__ __forceinline__ void copy(void* to, const void* from) {
@@ -141,11 +146,11 @@ __global__ void FEWBIT_CLUSTER __launch_bounds__(Ring<C, Size, true>::kWarps * 3
 
 /** The copy unit fetches tiles for all warps of a block, on behalf of a warp of it. Grid as above; keys lie one after another in their planes. */
 template <class C, int Size, int Rows>
-__global__ void __launch_bounds__(Stream<C, Size>::kWarps * 32, 1)
+__global__ void __launch_bounds__(Stream<C, Size, Rows>::kWarps * 32, 1)
     decodeStream(const Params p, const __grid_constant__ CUtensorMap kMap, const __grid_constant__ CUtensorMap vMap) {
 #ifdef FEWBIT_HOPPER
   using namespace hopper;
-  using G = Stream<C, Size>;
+  using G = Stream<C, Size, Rows>;
   using R = Row<C, Size>;
   extern __shared__ __align__(1024) uint8_t raw[];
   __shared__ uint64_t full[G::kStages][2], empty[G::kStages];  // full: of keys, of values
@@ -210,18 +215,7 @@ __global__ void __launch_bounds__(Stream<C, Size>::kWarps * 32, 1)
     const int parity = i / G::kStages & 1;
     barrierWait(&full[at][0], parity);
     const Stage stage = G::stage(stages + at * G::kBytes);
-    auto values = [&] {
-      barrierWait(&full[at][1], parity);
-      // Rows past the last key may hold anything, and 0 * NaN is NaN. Only the last stage has them, and nothing is copied there again.
-      for (int key = max(cut.end - key0, 0); key < G::kKeys; key++) {
-        const int row = warp * G::kKeys + key;
-        for (int n = lane * 4; n < R::kBytes; n += 128)
-          *reinterpret_cast<uint32_t*>(stage.values + G::ValuePlace::at(row, n / 128, n % 128)) = 0;
-        for (int n = lane; n < R::kScales; n += 32) stage.valueScales[row * R::kScales + n] = 0;
-      }
-      __syncwarp();
-    };
-    if (key0 < cut.end) worker.take(p, stage, warp * G::kKeys, key0, values);
+    if (key0 < cut.end) worker.take(p, stage, warp * G::kKeys, key0, [&] { barrierWait(&full[at][1], parity); });
     else barrierWait(&full[at][1], parity);
     if (lane == 0) barrierArrive(&empty[at]);
   }
@@ -262,7 +256,7 @@ cudaError_t start(const Launch& launch, const Params& p, int splits, int planes,
   const dim3 grid(splits, planes, blocks);
   if constexpr (kStreams<C>) {
     if (canStream<C, Size>(launch, p)) {
-      using G = Stream<C, Size>;
+      using G = Stream<C, Size, Rows>;
       const uint64_t rowBytes = std::max(Row<C, Size>::kBytes, 128), plane = p.keys.at(launch.symbols) * Row<C, Size>::kBytes;
       CUtensorMap k, v;
       cudaError_t error = hopper::tensorMap(&k, p.k.rows, 1, rowBytes, plane / rowBytes, rowBytes, planes, plane, G::kBoxRows);

@@ -57,17 +57,18 @@ struct Ring {
   static constexpr int kWarps = Joined || C::kBits == 32 ? 4 : 8;
   /** Keys that a warp takes at a time: more where they are small, so that its waits are fewer, unless there are few keys. */
   static constexpr int kKeys = !Joined && C::kBits < 8 ? 32 : 16;
-  static constexpr int kKeyStride = R::kBytes % 128 == 0 ? R::kBytes + 16 : R::kBytes, kValueStride = R::kBytes + 16;
+  static constexpr int kKeyStride = R::kBytes + 16, kValueStride = R::kBytes + 16;
   using KeyPlace = Padded<kKeyStride>;
   using ValuePlace = Padded<kValueStride>;
   static constexpr int kValues = kKeys * kKeyStride, kScaleAt = kValues + kKeys * kValueStride;
   static constexpr int kZeroAt = kScaleAt + 2 * kKeys * R::kScales;
   static constexpr int kBytes = (kZeroAt + 2 * kKeys * R::kZeros + 15) / 16 * 16;
-  static constexpr int kStages = kBytes > 10000 ? 2 : kBytes > 6000 ? 3 : kBytes > 3000 ? 4 : 6;
+  static constexpr int kStages = kBytes > (Joined ? 10000 : 6000) ? 2 : kBytes > (Joined ? 6000 : 5000) ? 3 : kBytes > 3000 ? 4 : 6;
   static constexpr int kJoin = (kWarps + 1) * 8 * kLine<Size> * 4;
   /** What a block of a cluster is given by the others comes behind the rest. */
   static constexpr int kGivenAt = kWarps * kStages * kBytes > kJoin ? kWarps * kStages * kBytes : kJoin;
   static constexpr int kShared = kGivenAt + (Joined ? kCluster * kLine<Size> * 4 : 0);
+  static_assert(kShared <= 160 * 1024, "sdpa-decode.ts asks devices for that much");
   static __device__ Stage stage(uint8_t* at) {
     return {at,           at + kValues, at + kScaleAt, at + kScaleAt + kKeys * R::kScales,
             at + kZeroAt, at + kZeroAt + kKeys * R::kZeros};
@@ -75,10 +76,12 @@ struct Ring {
 };
 
 /** Tiles of all warps of a block that Hopper's copy unit fetches at once: long bursts of neighbouring bytes, for many keys. */
-template <class C, int Size>
+template <class C, int Size, int Rows>
 struct Stream {
   using R = Row<C, Size>;
-  static constexpr int kWarps = C::kWarps, kKeys = C::kBits > 8 ? 16 : 32, kAll = kWarps * kKeys;
+  // Codes of 4 bits take the most instructions a byte: as many warps as there are registers for.
+  static constexpr bool kMany = C::kBits < 8 && Rows == 4;
+  static constexpr int kWarps = kMany ? 16 : 8, kKeys = C::kBits > 8 || kMany ? 16 : 32, kAll = kWarps * kKeys;
   using KeyPlace = Swizzled<R::kBytes, kAll>;
   using ValuePlace = Swizzled<R::kBytes, kAll>;
   /** Blocks of 128 bytes of a row, and lines of them (a row of fewer bytes shares one), which take two copies where they exceed 256. */

@@ -86,14 +86,14 @@ struct Softmax {
   }
 };
 
-/** Takes out what the two rows of a thread do not see of a tile; `column` is the thread's first key. */
-__device__ __forceinline__ void hide(float (&s)[64], int column, const int (&from)[2], const int (&to)[2]) {
+/** Makes scores or weights of keys that the two rows of a thread do not see `none`; `column` is the thread's first key of a tile. */
+__device__ __forceinline__ void hide(float (&s)[64], int column, const int (&from)[2], const int (&to)[2], float none) {
 #pragma unroll
   for (int j = 0; j < 16; j++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int key = column + 8 * j + (i & 1);
-      if (key < from[i >> 1] || key >= to[i >> 1]) s[4 * j + i] = -INFINITY;
+      if (key < from[i >> 1] || key >= to[i >> 1]) s[4 * j + i] = none;
     }
   }
 }
@@ -108,6 +108,63 @@ struct Walk {
   }
   __device__ int key(int step) const { return (first + count - 1 - step) * kKeys; }
 };
+
+/** Whether any thread of the two computing warpgroups says so; they meet. */
+__device__ __forceinline__ bool anyOfBoth(bool mine) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred mine, any;\nsetp.ne.u32 mine, %1, 0;\nbarrier.cta.red.or.pred any, %2, 256, mine;\nselp.u32 %0, 1, 0, any;\n}"
+      : "=r"(any)
+      : "r"(static_cast<uint32_t>(mine)), "n"(kBoth)
+      : "memory");
+  return any != 0;
+}
+
+/**
+ * Values of keys that only some rows see must not reach the others, not even as 0 * NaN. Of a tile with such keys, in shared memory, what is
+ * infinite or NaN is added to the rows that see it and then taken out. `odd(word)` has all bits of such elements of a word; `element(n, d)`
+ * is element d of key n of the tile. Both computing warpgroups come here.
+ */
+template <int Bytes, class Odd, class Element>
+__device__ __forceinline__ void purge(uint8_t* tile, float (&o)[64], int key0, const int (&from)[2], const int (&to)[2], Odd odd,
+                                      Element element) {
+  auto* words = reinterpret_cast<uint4*>(tile);
+  const int first = threadIdx.x - 128;
+  bool found = false;
+#pragma unroll
+  for (int i = first; i < Bytes / 16; i += 256) {
+    const uint4 w = words[i];
+    found |= (odd(w.x) | odd(w.y) | odd(w.z) | odd(w.w)) != 0;
+  }
+  if (!anyOfBoth(found)) return;
+  // Few instructions rather than few steps: this is seldom run, and lies within the loop over tiles.
+#pragma unroll 1
+  for (int n = 0; n < kKeys; n++) {
+    const int key = key0 + n;
+#pragma unroll 1
+    for (int d = 0; d < kSize; d++) {
+      const float x = element(n, d);
+      if (fabsf(x) < INFINITY) continue;
+      const float low = key >= from[0] && key < to[0] ? x : 0.f, high = key >= from[1] && key < to[1] ? x : 0.f;
+      const int at = d - (threadIdx.x & 3) * 2;
+#pragma unroll
+      for (int i = 0; i < 64; i++)
+        if (at == i / 4 * 8 + (i & 1)) o[i] += i & 2 ? high : low;
+    }
+  }
+  turnWait(kBoth, 256);
+#pragma unroll 1
+  for (int i = first; i < Bytes / 16; i += 256) {
+    uint4 w = words[i];
+    w.x &= ~odd(w.x);
+    w.y &= ~odd(w.y);
+    w.z &= ~odd(w.z);
+    w.w &= ~odd(w.w);
+    words[i] = w;
+  }
+  fenceShared();
+  turnWait(kBoth, 256);
+}
 
 /** Where a warpgroup's results go. */
 __device__ __forceinline__ void store(const Params& p, const Seen& seen, const float (&o)[64], Softmax& softmax, float shift,

@@ -20,7 +20,7 @@ __device__ __forceinline__ void widen(uint32_t codes, uint32_t* pairs) {
     uint32_t pair[1];
     C::pair(&codes, &codes, 2 * half, 2 * half + 1, pair);
     // NaN is not among what `pair` gives.
-    if constexpr (C::kNan) {
+    if constexpr (C::kOdd) {
       if ((codes >> 16 * half & 0x7f) == 0x7f) pair[0] |= 0x7fff;
       if ((codes >> 16 * half & 0x7f00) == 0x7f00) pair[0] |= 0x7fff0000;
     }
@@ -197,15 +197,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                                             : (static_cast<int64_t>(b) * p.heads + head) * seen.tokens + t];
       }
     }
+    /** Whether some row of the block does not see some key of a tile. */
+    auto hides = [&](int key) { return key + kKeys > all[1] || key < all[0]; };
     /** Scores to probabilities; the tile of keys is free after it. */
     auto weigh = [&](int step) {
       const int key = walk.key(step);
       if constexpr (Scaled) scaled(step, 0, rowScale[0], rowScale[1]);
       else release(&mem.kFree[step % kStages]);
-      if (key + kKeys > all[1] || key < all[0]) hide(s, key + 2 * (lane & 3), from, to);
+      if (hides(key)) hide(s, key + 2 * (lane & 3), from, to, -INFINITY);
       softmax.step(s, p.scale, 0.f, shrink);
       if constexpr (Scaled) {
         scaled(step, 1, 1.f, 1.f);
+        if (hides(key)) hide(s, key + 2 * (lane & 3), from, to, 0.f);
         __syncwarp();
         release(&mem.kFree[step % kStages]);
       }
@@ -226,6 +229,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       turnWait(kBoth, 256);
     };
 
+    /** Before the values of a tile are added. */
+    auto check = [&](int step) {
+      if (!hides(walk.key(step))) return;
+      const int stage = step % kStages;
+      barrierWait(&mem.vFull[stage], step / kStages & 1);
+      auto& v = mem.v[stage];
+      purge<sizeof v>(v[0][0], o, walk.key(step), from, to,
+                      [](uint32_t word) { return ((word & 0x7f807f80u) + 0x00800080u >> 15 & 0x00010001u) * 0xffffu; },
+                      [&](int n, int d) {
+                        const auto* row = reinterpret_cast<const uint16_t*>(v[d / 64][n]);
+                        return __uint_as_float(static_cast<uint32_t>(row[(d / 8 % 8 ^ n % 8) * 8 + d % 8]) << 16);
+                      });
+    };
+
     if (QueryParts == 1 && p.q == nullptr) barrierWait(&mem.qFull, 0);
     else makeQueries<QueryParts>(p, seen, mem.q, row0, head, b);
     uint32_t w[WeightParts * 32];
@@ -240,6 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         weigh(0);
         pack(w);
         for (int step = 1; step < walk.count; step++) {
+          check(step - 1);
           turnWait(kTurn + turn, 256);
           scores(step);
           values(step - 1, w);
@@ -257,6 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         // With one tile nobody waits for the first turn.
         if (walk.count == 1 && turn == 0) turnWait(kTurn, 256);
+        check(walk.count - 1);
         values(walk.count - 1, w);
         productWait<0>();
         pin(o);
@@ -269,6 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int i = 0; i < 64; i++) o[i] *= shrink[i >> 1 & 1];
           pack(w);
+          check(step);
           values(step, w);
           productWait<0>();
           pin(o);

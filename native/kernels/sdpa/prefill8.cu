@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include "cache.cuh"
 #include "prefill.cuh"
 
 namespace fewbit {
@@ -113,9 +114,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < 4; i++) productE4m3(part, w + 4 * i, v + 2 * i, i != 0);
       productCommit();
     };
+    auto hides = [&](int key) { return key + kKeys > all[1] || key < all[0]; };
     auto weigh = [&](int step) {
       const int key = walk.key(step);
-      if (key + kKeys > all[1] || key < all[0]) hide(s, key + 2 * (lane & 3), from, to);
+      if (hides(key)) hide(s, key + 2 * (lane & 3), from, to, -INFINITY);
       softmax.step(s, scaled.scale, kShift8, shrink);
     };
     // Within 32 keys, columns stand in the order in which a thread holds them; `transpose8` has the same order.
@@ -129,6 +131,20 @@ __global__ void __launch_bounds__(kThreads, 1)
             const float* x = s + 16 * i + 8 * h + 2 * r;
             w[4 * i + 2 * h + r] = packE4m3(x[0], x[1], x[4], x[5]);
           }
+    };
+    /** Before the values of a tile are added. */
+    auto check = [&](int step) {
+      if (!hides(walk.key(step))) return;
+      const int stage = step % kStages;
+      barrierWait(&mem.vFull[stage], step / kStages & 1);
+      auto& v = mem.v[stage];
+      purge<sizeof v>(v[0], o, walk.key(step), from, to,
+                      [](uint32_t word) { return ((word & 0x7f7f7f7fu) + 0x01010101u >> 7 & 0x01010101u) * 0xffu; },
+                      [&](int n, int d) {
+                        // As `transpose8` lays them down.
+                        const int at = n % 8 / 2 * 4 + n % 16 / 8 * 2 + n % 2;
+                        return sdpa::fromE4m3(v[d][(n / 16 ^ d % 8) * 16 + at]);
+                      });
     };
     auto release = [&](uint64_t* free) {
       if (lane == 0) barrierArrive(free);
@@ -154,6 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       weigh(0);
       pack();
       for (int step = 1; step < walk.count; step++) {
+        check(step - 1);
         const float before[2] = {shrink[0], shrink[1]};
         turnWait(kTurn + turn, 256);
         scores(step);
@@ -172,6 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         pack();
       }
       if (walk.count == 1 && turn == 0) turnWait(kTurn, 256);
+      check(walk.count - 1);
       values(walk.count - 1);
       productWait<0>();
       pin(part);

@@ -30,6 +30,8 @@ const DECODE: Entry = { name: "sdpa/decode", abi: 2 };
 const ROWS = 8;
 /** No device has more multiprocessors: keys are divided so that each has one block. */
 const MULTIPROCESSORS = 192;
+/** Bytes of shared memory that a block of any of the kernels may take (`decode_shape.cuh`). */
+const LEAST_MEMORY = 160 * 1024;
 /** Keys up to which the blocks of one cluster are enough, and join their results without a second kernel. */
 const CLUSTER_KEYS = 4096;
 
@@ -107,6 +109,12 @@ export const SDPA_DECODE: NativeKernel = {
         : "it rounds probabilities to e4m3 or not at all",
     ),
     roundsResult,
+    {
+      unmet: (_, { workgroupMemory }) =>
+        workgroupMemory >= LEAST_MEMORY
+          ? null
+          : `a block needs ${LEAST_MEMORY} bytes of shared memory: it has ${workgroupMemory}`,
+    },
   ],
   fusions: [ROUNDED],
   rowTile: 2,
