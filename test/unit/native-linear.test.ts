@@ -208,6 +208,19 @@ describe("linear on CUDA", () => {
     expect(chosen(made).kernel.id).not.toContain("wgmma");
   });
 
+  test.each(["mxfp8_e4m3", "mxfp6_e3m2", "mxfp4", "nvfp4"] as const)(
+    "%s by itself: an element and its scale are one bf16",
+    (name) => {
+      const format = FORMATS[name];
+      const made = plan({ weight: format, x: format, rows: 4096, ...big });
+      expect(["cuda/linear/wgmma_bf16", "cuda/linear/cublaslt_bf16"]).toContain(chosen(made).kernel.id);
+      const [carrier, xParts, wParts, scaledX, scaledW] = parse(dispatchOf(made)).rest;
+      expect([carrier, xParts, wParts, scaledX, scaledW]).toEqual([1, 1, 1, 1, 1]);
+      // promote, unit, fold, separable, parts: the row's scales are no factor of it.
+      expect(parse(dispatchOf(plan({ weight: format, x: format }))).rest.slice(-2)).toEqual([0, 1]);
+    },
+  );
+
   test("codes of x are multiplied as they lie where both are signed bytes, on trial", () => {
     const on = cudaCapabilities(H100, ["cublaslt", TRIALS.bytes]);
     const read = (x: Format, features = on) => parse(dispatchOf(plan({ weight: FORMATS.int8, x }, features), features));

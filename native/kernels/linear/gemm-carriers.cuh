@@ -102,12 +102,22 @@ __device__ __forceinline__ void octetOfX(const GemmParams& p, int m, int octet, 
     }
     return;
   }
+  // Of one carrier an element, the scale of level 1 is a factor of the row.
+  const auto scaleOf = [&](int at) { return !p.scaledX ? 1.0f : p.xParts == 1 ? p.x.innerScale(m, at) : p.x.scaleAt(m, at); };
+  if (p.x.bits == 8 && k + 8 <= p.k && p.x.zero.codec == ScaleCodec::none && p.x.scale[0].k % 8 == 0 && p.x.scale[1].codec == ScaleCodec::none &&
+      ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 7) == 0) {
+    const uint2 codes = __ldg(reinterpret_cast<const uint2*>(p.x.at + int64_t(m) * p.x.stride + k));
+    const float scale = scaleOf(k);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = __ldg(p.x.table + ((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)) & 255u)) * scale;
+    return;
+  }
 #pragma unroll 1
   for (int i = 0; i < 8; i++) {
     float value = 0.0f;
     if (k + i < p.k) {
       value = p.x.code(m, k + i);
-      if (p.scaledX) value *= p.x.scaleAt(m, k + i);
+      if (p.scaledX) value *= scaleOf(k + i);
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) values[j] = j == i ? value : values[j];
@@ -179,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) carryX(const __grid_constant__ GemmP
     }
     power = powerFor(blockMax(most), headroom(p));
   }
-  if (threadIdx.x == 0) p.xFactor[m] = power.y * (p.scaledX ? 1.0f : p.x.scaleAt(m, 0));
+  if (threadIdx.x == 0) p.xFactor[m] = power.y * (!p.scaledX ? p.x.scaleAt(m, 0) : p.xParts == 1 ? p.x.outerScale(m) : 1.0f);
   if (!converts) return;
   uint16_t* out = reinterpret_cast<uint16_t*>(p.xCarrier) + int64_t(m) * p.columns;
   const int64_t partStride = int64_t(rows) * p.columns;

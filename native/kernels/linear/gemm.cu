@@ -189,6 +189,6 @@ cudaError_t runHopper(const Launch& launch) {
 namespace fewbit {
 extern const Entry kLinearGemmEntries[];
 extern const size_t kLinearGemmEntryCount;
-const Entry kLinearGemmEntries[] = {{"linear/gemm", 2, linear::run}, {"linear/wgmma", 1, linear::runHopper}};
+const Entry kLinearGemmEntries[] = {{"linear/gemm", 3, linear::run}, {"linear/wgmma", 2, linear::runHopper}};
 const size_t kLinearGemmEntryCount = sizeof kLinearGemmEntries / sizeof *kLinearGemmEntries;
 }  // namespace fewbit

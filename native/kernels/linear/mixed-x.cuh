@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(256) prepareColumns(const __grid_constant__ Mi
   const int row = blockIdx.y;
   if (row >= p.x.rows.at(p.symbols)) return;
   const int octet = blockIdx.x * 256 + threadIdx.x, k = octet * 8;
-  if (octet == 0) p.factors[row] = p.separable ? p.x.scaleAt(row, 0) : 1.0f;
+  if (octet == 0) p.factors[row] = p.separable ? p.x.scaleAt(row, 0) : p.parts3 == 1 ? p.x.outerScale(row) : 1.0f;
   const int stages = mixedStages(p.k), stage = k / kMixedK;
   const int pass = row / p.columnsOfX, m = row % p.columnsOfX;
   const bool stores = stage < stages;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(256) prepareColumns(const __grid_constant__ Mi
         float value = 0.0f;
         if (k + i < p.k) {
           value = p.x.code(row, k + i);
-          if (!p.separable && p.x.bits != 0) value *= p.x.scaleAt(row, k + i);
+          if (!p.separable && p.x.bits != 0) value *= p.parts3 == 1 ? p.x.innerScale(row, k + i) : p.x.scaleAt(row, k + i);
         }
 #pragma unroll
         for (int j = 0; j < 8; j++) bits[j] = j == i ? __float_as_uint(value) : bits[j];

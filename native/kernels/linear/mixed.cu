@@ -28,6 +28,6 @@ cudaError_t runMixed(const Launch& launch) {
 namespace fewbit {
 extern const Entry kLinearMixedEntries[];
 extern const size_t kLinearMixedEntryCount;
-const Entry kLinearMixedEntries[] = {{"linear/mixed", 1, linear::runMixed}};
+const Entry kLinearMixedEntries[] = {{"linear/mixed", 2, linear::runMixed}};
 const size_t kLinearMixedEntryCount = sizeof kLinearMixedEntries / sizeof *kLinearMixedEntries;
 }  // namespace fewbit

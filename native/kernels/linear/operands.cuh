@@ -152,6 +152,9 @@ struct Activations {
     const float value = __ldg(table + ((field >> (bit & 7)) & ((1u << bits) - 1)));
     return zero.codec == ScaleCodec::none ? value : value - blockValue(zero, static_cast<int>(m), k);
   }
+  /** The scale of level 0 at an element, and that of level 1 of a row where it does not change along K. */
+  __device__ __forceinline__ float innerScale(int64_t m, int k) const { return blockValue(scale[0], static_cast<int>(m), k); }
+  __device__ __forceinline__ float outerScale(int64_t m) const { return blockValue(scale[1], static_cast<int>(m), 0); }
   /** The product of the scales at an element. */
   __device__ __forceinline__ float scaleAt(int64_t m, int k) const {
     const float first = blockValue(scale[0], static_cast<int>(m), k);

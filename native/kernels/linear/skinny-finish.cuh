@@ -28,10 +28,8 @@ struct Finish {
   float residual = 0.0f;
 
   __device__ __forceinline__ void fetch(const SkinnyParams& p, int m, int n) {
-    if (p.separable) {
-      ofX[0].fetch(p.x.scale[0], m);
-      ofX[1].fetch(p.x.scale[1], m);
-    }
+    if (p.separable) ofX[0].fetch(p.x.scale[0], m);
+    if (p.parts3 == 1) ofX[1].fetch(p.x.scale[1], m);
 #pragma unroll
     for (int part = 0; part < 2; part++) {
       if (part >= p.parts) continue;
@@ -43,7 +41,8 @@ struct Finish {
   }
   __device__ __forceinline__ void store(const SkinnyParams& p, int m, int n, const float (&y)[2]) const {
     float rowOfX = 1.0f;
-    if (p.separable) rowOfX = ofX[0].value(p.x.scale[0]) * ofX[1].value(p.x.scale[1]);
+    if (p.separable) rowOfX = ofX[0].value(p.x.scale[0]);
+    if (p.parts3 == 1) rowOfX *= ofX[1].value(p.x.scale[1]);
     float finished[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int part = 0; part < 2; part++) {

@@ -18,7 +18,7 @@ struct SkinnyParams : WeightGroup {
   Activations x;
   bool separable = false;  // x's codes are exact in bf16 and its scales constant along K
   int columnsOfX = 1;      // rows of x that one block takes
-  int parts3 = 3;          // bf16 parts of an element of x
+  int parts3 = 3;          // bf16 parts of an element of x; with one of an x that is not separable, its inner scale is in it
   bool bytes = false;      // x's codes are signed bytes, without zero points
   /** x is one row, the rmsnorm of `row` times `weight` in bf16: `x` says its shape alone. */
   struct {

@@ -74,15 +74,15 @@ struct Octet {
   __device__ __forceinline__ static uint32_t upper(const uint32_t (&bits)[8], int pair) {
     return __byte_perm(bits[Codes::first(pair)], bits[Codes::first(pair) + Codes::apart], 0x7632);
   }
-  /** Stores the parts `apart` bytes from each other; returns the sum of the values. */
-  __device__ __forceinline__ float store(const float* table, uint8_t* target, int apart, bool stores) const {
+  /** Stores the parts `apart` bytes from each other, codes of 8 bits times `scale`; returns the sum of the values. */
+  __device__ __forceinline__ float store(const float* table, uint8_t* target, int apart, bool stores, float scale = 1.0f) const {
     uint32_t bits[8];
     const uint32_t words[4] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       if constexpr (Width == 32) bits[j] = j < 4 ? words[j] : (&raw[1].x)[j - 4];
       if constexpr (Width == 16) bits[j] = j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u;
-      if constexpr (Width == 8) bits[j] = __float_as_uint(__ldg(table + (words[j / 4] >> (8 * (j % 4)) & 0xffu)));
+      if constexpr (Width == 8) bits[j] = __float_as_uint(__ldg(table + (words[j / 4] >> (8 * (j % 4)) & 0xffu)) * scale);
     }
     const auto valueOf = [&](int j) { return __uint_as_float(bits[j]); };
     const float sum =
@@ -139,8 +139,10 @@ __device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* targ
       for (int b = 0; b < batch; b++) {
         const int octet = first + b * 32;
         if (octet - lane >= octets.count) break;
+        float scale = 1.0f;
+        if (Width == 8 && !p.separable) scale = p.x.innerScale(m0 + min(m, rows - 1), min(walk.begin + octets.k(octet), p.k - 1));
         const float sum =
-            loaded[b].store(p.x.table, target + octets.at(octet, columns) + m * 64, p.columnsOfX * 64, octet < octets.count);
+            loaded[b].store(p.x.table, target + octets.at(octet, columns) + m * 64, p.columnsOfX * 64, octet < octets.count, scale);
         if (p.floatZero) sums.add(octets, octet, m, sum);
       }
     }
@@ -164,7 +166,7 @@ __device__ __noinline__ void stageElements(const SkinnyParams& p, uint8_t* targe
         float value = 0.0f;
         if (octet < octets.count && m < rows && k < p.k) {
           value = p.x.code(m0 + m, k);
-          if (!p.separable && p.x.bits != 0) value *= p.x.scaleAt(m0 + m, k);
+          if (!p.separable && p.x.bits != 0) value *= p.parts3 == 1 ? p.x.innerScale(m0 + m, k) : p.x.scaleAt(m0 + m, k);
         }
         sum += value;
         uint32_t part[3];
@@ -198,10 +200,10 @@ __device__ __forceinline__ void stageX(const SkinnyParams& p, uint8_t* shared, c
   const SumsOfX<Codes, Tiles> sums = sumsOfX<Codes, Tiles, Mode>(p, shared, at);
   uint8_t* target = shared + at.x;
   const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
-  const bool exact = aligned && p.separable && p.x.zero.codec == ScaleCodec::none;
+  const bool exact = aligned && p.parts3 == 1 && p.x.zero.codec == ScaleCodec::none;  // one bf16 an element, perhaps with its scale
   if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, m0, rows);
-  else if (exact && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, m0, rows);
-  else if (exact && p.x.bits == 8) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.separable && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.x.bits == 8 && (p.separable || p.x.scale[0].k % 8 == 0)) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, m0, rows);
   else stageElements<Codes, Tiles>(p, target, sums, walk, octets, m0, rows);
   __syncwarp();
 }

@@ -113,6 +113,27 @@ export function isSeparable(format: Format, k: number): boolean {
   return constantAlongK && (element.kind === "int" ? element.bits <= 8 : significantBits(element) <= 8);
 }
 
+/** Whether every code times its scale is a number of at most `bits` significant bits. */
+export function exactProduct({ element, scales, zero }: Format, bits: number): boolean {
+  const [first] = scales;
+  if (first === undefined || (zero.domain === "int" && zero.codec.kind !== "int")) return false;
+  // A code of b bits, its middle subtracted, is at most 2^(b - 1), itself a power of two: b - 1 significant bits.
+  const ofCode =
+    element.kind === "int" ? (zero.domain === "int" ? element.bits + 1 : element.bits - 1) : significantBits(element);
+  return ofCode + significantBits(first.codec) <= bits;
+}
+
+/**
+ * As how many bf16 numbers an element of x goes, float32 where it is not stored: one where its codes are exact in bf16, alone or with
+ * their scale; a second scale is then a factor of the row.
+ */
+export function partsOf(x: Format | null, k: number): 1 | 3 {
+  if (x === null) return 3;
+  if (isSeparable(x, k)) return 1;
+  const outer = x.scales.slice(1).every(({ block }) => extentOf(block[1], k) >= k);
+  return outer && exactProduct(x, 8) ? 1 : 3;
+}
+
 /** The format that the weights of a step share, and that of x where it is stored. */
 export function formatsOf(bound: BoundStep): { weight: Format; x: Format | null; n: number; k: number } {
   const { x, parts, k } = linearStep(bound);

@@ -1,6 +1,6 @@
 import { codecName, type Format } from "../../../formats/format.js";
 import type { BoundStep } from "../../../plan/step.js";
-import { formatsOf, isInteger, isSeparable, scaleRun, stepObstacle } from "./linear-arguments.js";
+import { formatsOf, isInteger, isSeparable, partsOf, scaleRun, stepObstacle } from "./linear-arguments.js";
 
 /** How scales are applied; in the order of `Promote` in skinny-params.cuh. */
 const PROMOTE = ["end", "scaled", "integer"] as const;
@@ -35,6 +35,6 @@ export function promotion(bound: BoundStep, chunk: number) {
   const promote: (typeof PROMOTE)[number] = scaled ? "scaled" : integer ? "integer" : "end";
   const unit = scaled && run < k ? Math.min(chunk, run / SEGMENT) : chunk;
   const separable = x !== null && isSeparable(x, k);
-  const parts = separable ? 1 : 3;
+  const parts = partsOf(x, k);
   return { unit, parts, args: [PROMOTE.indexOf(promote), unit, fold, separable, parts] as const };
 }

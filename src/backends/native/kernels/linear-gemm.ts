@@ -7,18 +7,20 @@ import { linearStep } from "../../linear-step.js";
 import { TRIALS } from "../capabilities.js";
 import { type Entry, type NativeKernel, scratch } from "../kernel.js";
 import {
+  exactProduct,
   formatsOf,
   isInteger,
   isSeparable,
   LinearArguments,
+  partsOf,
   scaleRun,
   significantBits,
   stepObstacle,
 } from "./linear-arguments.js";
 import { needsFeature } from "./sdpa-step.js";
 
-const GEMM: Entry = { name: "linear/gemm", abi: 2 };
-const WGMMA: Entry = { name: "linear/wgmma", abi: 1 };
+const GEMM: Entry = { name: "linear/gemm", abi: 3 };
+const WGMMA: Entry = { name: "linear/wgmma", abi: 2 };
 const BLOCKSCALED: Entry = { name: "linear/blockscaled", abi: 1 };
 
 /** What the tensor cores multiply, in the order of `Carrier` in gemm.cu. */
@@ -68,16 +70,6 @@ export function asLibrary(bound: BoundStep, device: Capabilities): Plan | string
     : plan;
 }
 
-/** Whether every code times its scale is a number of at most `bits` significant bits. */
-function exactProduct({ element, scales, zero }: Format, bits: number): boolean {
-  const [first] = scales;
-  if (first === undefined || (zero.domain === "int" && zero.codec.kind !== "int")) return false;
-  // A code of b bits, its middle subtracted, is at most 2^(b - 1), itself a power of two: b - 1 significant bits.
-  const ofCode =
-    element.kind === "int" ? (zero.domain === "int" ? element.bits + 1 : element.bits - 1) : significantBits(element);
-  return ofCode + significantBits(first.codec) <= bits;
-}
-
 /** Codes of both as exact integers of 8 bits, summed in int32. */
 function asBytes(bound: BoundStep): Plan | string {
   const { weight, x, n, k } = formatsOf(bound);
@@ -102,10 +94,10 @@ function asBf16(bound: BoundStep): Plan | string {
   if (weight.zero.domain === "float") return `${weight.name} adds zero points`;
   const run = scaleRun(weight, k);
   if (run < k && run % 8 !== 0) return `its scale changes every ${run} elements: 8 are decoded at once`;
-  const separable = x !== null && isSeparable(x, k);
   const scaledW = run < k;
   const wParts = !scaledW || exactProduct(weight, 8) ? 1 : 3;
-  return { carrier: "bf16", xParts: separable ? 1 : 3, wParts, scaledX: !separable, scaledW };
+  const scaledX = x === null || !isSeparable(x, k);
+  return { carrier: "bf16", xParts: partsOf(x, k), wParts, scaledX, scaledW };
 }
 
 /** Scaled 4-bit weights as f16 numbers of a row's power of two, and x as one or two of them. */

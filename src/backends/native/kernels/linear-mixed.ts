@@ -6,7 +6,7 @@ import { decodedObstacle, promotion, SEGMENT } from "./linear-decoded.js";
 import { asLibrary } from "./linear-gemm.js";
 import { needsFeature } from "./sdpa-step.js";
 
-const MIXED: Entry = { name: "linear/mixed", abi: 1 };
+const MIXED: Entry = { name: "linear/mixed", abi: 2 };
 
 /** Segments of a stage, and bytes of a column's sums of x in one, as in mixed-params.cuh. */
 const SEGMENTS = 4;

@@ -8,7 +8,7 @@ import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, 
 import { operand } from "./general-arguments.js";
 import { quantizeStep } from "./general-quantize.js";
 import { earlyObstacle } from "./general-rows.js";
-import { formatsOf, isSeparable, LinearArguments } from "./linear-arguments.js";
+import { formatsOf, LinearArguments, partsOf } from "./linear-arguments.js";
 import { decodedObstacle, promotion } from "./linear-decoded.js";
 
 const SKINNY: Entry = { name: "linear/skinny", abi: 3 };
@@ -49,7 +49,7 @@ const sharedMemory: Requirement = {
 /** Partial sums of slices of K, for when x does not fit in one block's shared memory. */
 function scratchBytes(bound: BoundStep): number {
   const { n, k, x } = formatsOf(bound);
-  const columns = Math.min(bound.outputRows * (x !== null && isSeparable(x, k) ? 1 : 3), MOST_COLUMNS);
+  const columns = Math.min(bound.outputRows * partsOf(x, k), MOST_COLUMNS);
   const bytes = k * columns * 2;
   if (bytes <= SLICE_BYTES) return 0;
   return 4 * (Math.ceil(bytes / SLICE_BYTES) + 1) * bound.outputRows * n * linearStep(bound).parts.length;
