@@ -111,7 +111,8 @@ struct Digits {
     float sum = 0.0f;
     if constexpr (Mode::floatZero) {
 #pragma unroll
-      for (int j = 0; j < kDigits; j++) sums[j] = __dp4a(static_cast<int>(halves[1][j]), 0x01010101, __dp4a(static_cast<int>(halves[0][j]), 0x01010101, 0));
+      for (int j = 0; j < kDigits; j++)
+        for (const auto& half : halves) sums[j] = __dp4a(static_cast<int>(half[j]), 0x01010101, sums[j]);
       const int low = overUnit(sums[0] + (sums[1] << 16)), high = overUnit(sums[2] + (sums[3] << 16));
       sums[0] = static_cast<int16_t>(low), sums[1] = (low - sums[0]) >> 16;
       sums[2] = static_cast<int16_t>(high), sums[3] = (high - sums[2]) >> 16;

@@ -11,6 +11,15 @@ namespace fewbit::linear {
 /** Shared memory of a block beside which the next kernel's finds room, and some for small kernels between the two. */
 inline size_t sharedForTwo(const Context& device) { return (device.sharedPerBlock - 1024) / 2 - 10 * 1024; }
 
+/** Shared memory of a block whose ring has so many stages, and slots for scales: a slot is free again when the ring has gone past its tile. */
+template <class Codes, int Tiles, class Mode>
+size_t sharedWith(SkinnyParams& p, int stages) {
+  p.stages = stages;
+  const int ofTile = stagesOfTile<Codes>(p.kSlice);
+  p.scaleSlots = (stages + ofTile - 1 + ofTile - 1) / ofTile;
+  return sharedOf<Codes, Tiles, Mode>(p).total;
+}
+
 /** Chooses slices of K, stages and the grid, and enqueues. */
 template <class Codes, int Tiles, class Mode>
 cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_t scratchBytes) {
@@ -19,13 +28,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const int64_t sliceBytes = int64_t{4} * rows * p.n * p.parts;
   const int mostSlices = std::max<int64_t>(1, std::min<int64_t>(scratchBytes / sliceBytes, 64));
   const int chunks = chunksOf<Codes>(p.k);
-  const auto bytesWith = [&](int stages) {
-    p.stages = stages;
-    // A slot is free again when the ring has gone past the tile that used it.
-    const int ofTile = stagesOfTile<Codes>(p.kSlice);
-    p.scaleSlots = (stages + ofTile - 1 + ofTile - 1) / ofTile;
-    return sharedOf<Codes, Tiles, Mode>(p).total;
-  };
+  const auto bytesWith = [&](int stages) { return sharedWith<Codes, Tiles, Mode>(p, stages); };
   if (p.norm.row != nullptr && (rows != 1 || p.k > kMostNormed || p.parts3 != 1)) return cudaErrorInvalidValue;
   // All of K in one slice where x fits; then as few slices, and as few passes over the weights, as fit.
   int slices = 0, passes = 1;
@@ -78,6 +81,12 @@ inline bool inPieces(const SkinnyParams& p, int elements) {
 inline bool inDigits(const SkinnyParams& p) {
   return p.columnsOfX == 1 && p.separable && p.x.bits == 16 && !p.x.half && p.x.zero.codec == ScaleCodec::none && inPieces(p, 8);
 }
+/** Whether digits of a row leave room for a second block, with stages enough for both: bytes gain less by them than a ring that is too short loses. */
+template <class Codes, class Mode>
+bool digitsLeaveRoom(const Launch& launch, SkinnyParams p) {
+  p.kSlice = chunksOf<Codes>(p.k) * ChunkOf<Codes>::k;
+  return sharedWith<Codes, 1, InDigits<Mode>>(p, 3) <= sharedForTwo(*launch.context);
+}
 /** Whether a code of the weights is a signed byte as it lies. */
 inline bool signedBytes(const SkinnyParams& p) { return p.element.flip == 128 && p.element.offset == 128.0f && !p.element.zeros; }
 
@@ -91,7 +100,8 @@ cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_
     if (p.columnsOfX * p.parts3 > 8) return launchSkinny<Codes, 4, Mode>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, SignedBytes> || (std::is_same_v<Codes, Int4Codes> && Mode::fixed)) {
-    if (inDigits(p)) return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
+    if (inDigits(p) && (Codes::bits == 4 || digitsLeaveRoom<Codes, Mode>(launch, p)))
+      return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
   }
   return launchSkinny<Codes, 1, Mode>(launch, p, rows, scratchBytes);
 }
