@@ -91,11 +91,11 @@ function parse({ args, bindings, entry }: NativeDispatch) {
   const rest = args.slice(at, at + (["linear/skinny", "linear/mixed"].includes(entry.name) ? 5 : 6));
   skip(rest.length);
   const scratch = buffer();
-  const bytes = entry.name === "linear/skinny" && take() === 1;
+  const ways = entry.name === "linear/skinny" ? take() : 0;
   const norm =
     entry.name === "linear/skinny" && buffer() >= 0 ? { column: take(), weight: buffer(), eps: take() } : null;
   expect(at).toBe(args.length);
-  return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch, bytes, norm };
+  return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch, ways, norm };
 }
 
 const activations = { dense: undefined, bf16: FORMATS.bf16, int8: FORMATS.int8, float8: FORMATS.float8_e4m3 } as const;
@@ -225,11 +225,12 @@ describe("linear on CUDA", () => {
     const on = cudaCapabilities(H100, ["cublaslt", TRIALS.bytes]);
     const read = (x: Format, features = on) => parse(dispatchOf(plan({ weight: FORMATS.int8, x }, features), features));
     const rows = (format: Format) => withScale(format, { block: [1, "all"] });
-    expect(read(rows(FORMATS.int8)).bytes).toBe(true);
-    expect(read(rows(FORMATS.int8), hopper).bytes).toBe(false);
-    expect(read(rows(FORMATS.int8_asymmetric)).bytes).toBe(false);
-    expect(read(rows(FORMATS.float8_e4m3)).bytes).toBe(false);
-    expect(read(FORMATS.bf16).bytes).toBe(false);
+    expect(read(rows(FORMATS.int8)).ways).toBe(1);
+    expect(read(rows(FORMATS.int8), hopper).ways).toBe(0);
+    expect(read(rows(FORMATS.int8_asymmetric)).ways).toBe(0);
+    expect(read(rows(FORMATS.float8_e4m3)).ways).toBe(0);
+    expect(read(FORMATS.bf16).ways).toBe(0);
+    expect(read(FORMATS.bf16, cudaCapabilities(H100, ["cublaslt", TRIALS.groups])).ways).toBe(2);
   });
 
   describe("a norm in front of it, on trial", () => {

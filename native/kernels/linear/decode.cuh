@@ -88,6 +88,7 @@ struct IntCodes : Natural {
 struct SignedBytes {
   static constexpr bool folds = false;
   static constexpr int bits = 8, apart = 2, spread = 64, inFlight = 2;
+  __device__ __forceinline__ static uint32_t flipOf(const Element&) { return 0; }
   /** Sixteen codes as bytes, from what lies at `at`. */
   __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t, uint32_t (&out)[4]) {
     const uint4 four = *reinterpret_cast<const uint4*>(at);
@@ -105,10 +106,29 @@ struct SignedBytes {
   }
 };
 
+/** Bytes of either sign, for sums of whole numbers: those without one lose 128. */
+struct AnyBytes : IntCodes<8> {
+  static constexpr int spread = 64, inFlight = 2;
+  __device__ __forceinline__ static uint32_t flipOf(const Element& element) { return element.flip == 0 ? 0x80808080u : 0u; }
+  __device__ __forceinline__ static float offsetOf(const Element& element) { return element.offset - 128.0f; }
+  __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t flip, uint32_t (&out)[4]) {
+    const uint4 four = *reinterpret_cast<const uint4*>(at);
+    out[0] = four.x ^ flip, out[1] = four.y ^ flip, out[2] = four.z ^ flip, out[3] = four.w ^ flip;
+  }
+  /** Eight of them. */
+  __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t flip, uint32_t (&out)[2]) {
+    const uint2 two = *reinterpret_cast<const uint2*>(at);
+    out[0] = two.x ^ flip, out[1] = two.y ^ flip;
+  }
+};
+
 /** Four-bit integers, two at a time: 128 + code is a bf16 whose low bits are the code. */
 struct Int4Codes : Interleaved {
   static constexpr bool folds = false;
   static constexpr int bits = 4, spread = 32;
+  /** What makes stored codes the bytes that `bytes` gives, and what those have too much. */
+  __device__ __forceinline__ static uint32_t flipOf(const Element& element) { return element.flip * 0x01010101u; }
+  __device__ __forceinline__ static float offsetOf(const Element& element) { return element.offset; }
   /** Sixteen codes as bytes: of each eight the even ones first. */
   __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t flip, uint32_t (&out)[4]) {
     const uint2 two = *reinterpret_cast<const uint2*>(at);
@@ -116,6 +136,12 @@ struct Int4Codes : Interleaved {
     out[1] = (two.x >> 4 ^ flip) & 0x0f0f0f0fu;
     out[2] = (two.y ^ flip) & 0x0f0f0f0fu;
     out[3] = (two.y >> 4 ^ flip) & 0x0f0f0f0fu;
+  }
+  /** Eight of them. */
+  __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t flip, uint32_t (&out)[2]) {
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(at);
+    out[0] = (word ^ flip) & 0x0f0f0f0fu;
+    out[1] = (word >> 4 ^ flip) & 0x0f0f0f0fu;
   }
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element& element, float zero,
                                                 uint32_t (&out)[4]) {

@@ -30,9 +30,11 @@ struct AnyScales {
   }
   __device__ __forceinline__ static float of(const uint32_t (&codes)[2], ScaleCodec codec, int promotion, int lane) {
     const uint32_t bits = __shfl_sync(~0u, promotion < 4 ? codes[0] : codes[1], (lane & ~3) | (promotion & 3));
-    return codec == ScaleCodec::bf16  ? __uint_as_float(bits << 16)
-           : codec == ScaleCodec::f32 ? __uint_as_float(bits)
-                                      : decodeScaleCall(codec, bits);
+    return codec == ScaleCodec::bf16    ? __uint_as_float(bits << 16)
+           : codec == ScaleCodec::f32   ? __uint_as_float(bits)
+           : codec == ScaleCodec::f16   ? __half2float(__ushort_as_half(static_cast<unsigned short>(bits)))
+           : codec == ScaleCodec::uint8 ? static_cast<float>(bits)
+                                        : decodeScaleCall(codec, bits);
   }
 };
 

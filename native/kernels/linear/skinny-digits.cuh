@@ -20,7 +20,7 @@ __device__ __forceinline__ void transposeBytes(const uint32_t (&in)[4], uint32_t
 }
 
 /**
- * Where things lie: a chunk's x as digits [64 elements][digit][64], or as bf16 [32 elements][lane % 4][8]; what a unit's four sums begin with
+ * Where things lie: a chunk's x as digits [64 elements, or 32][digit][as many], or as bf16 [32 elements][lane % 4][8]; what a unit's four sums begin with
  * [unit][lane % 2][4], behind those of a chunk the powers of two of its units' highest digits, -1 where it stays bf16; sums of x, as three bf16,
  * [chunk][part][8].
  */
@@ -29,8 +29,11 @@ struct Digits {
   using C = ChunkOf<Codes>;
   static constexpr int unit = Mode::scaled ? Mode::unit * 32 : C::k;
   static constexpr int units = C::k / unit;  // of a chunk
+  static constexpr int block = unit == 32 ? 32 : 64;  // elements whose codes lanes load at once
   static constexpr int bytes = C::k * kDigits;
-  static constexpr int powers = units * 8, ints = powers + (units + 3) / 4 * 4;  // where powers begin, and all, of a chunk
+  // Where powers begin, and sums of x where scales are loaded, and all, of a chunk.
+  static constexpr int powers = units * 8, wholes = powers + (units + 3) / 4 * 4, ints = wholes + (Mode::loads ? (units + 3) / 4 * 4 : 0);
+  static constexpr bool sumsX = Mode::floatZero || Mode::loads;
   static constexpr int octetsOfChunk = C::k / 8, octetsOfUnit = unit / 8;
   /** 1.5 * 2^23 as a float: an integer below 2^22 added to its bits is added to its value. */
   static constexpr int kMagic = 0x4b400000;
@@ -109,7 +112,7 @@ struct Digits {
 
     int sums[kDigits] = {0, 0, 0, 0};  // of a unit's digits, below 2^15
     float sum = 0.0f;
-    if constexpr (Mode::floatZero) {
+    if constexpr (sumsX) {
 #pragma unroll
       for (int j = 0; j < kDigits; j++)
         for (const auto& half : halves) sums[j] = __dp4a(static_cast<int>(half[j]), 0x01010101, sums[j]);
@@ -130,7 +133,8 @@ struct Digits {
     if (whole) {
 #pragma unroll
       for (int j = 0; j < kDigits; j++)
-        *reinterpret_cast<uint2*>(target + inChunk / 8 * (64 * kDigits) + j * 64 + inChunk % 8 * 8) = make_uint2(halves[0][j], halves[1][j]);
+        *reinterpret_cast<uint2*>(target + inChunk / (block / 8) * (block * kDigits) + j * block + inChunk % (block / 8) * 8) =
+            make_uint2(halves[0][j], halves[1][j]);
     } else {
       const auto pair = [&](int i) {
         return __byte_perm(__float_as_uint(valueOf(Codes::first(i))), __float_as_uint(valueOf(Codes::first(i) + Codes::apart)), 0x7632);
@@ -141,6 +145,11 @@ struct Digits {
     const int u = inChunk / octetsOfUnit;
     int* entry = reinterpret_cast<int*>(shared + at.sums) + chunk * ints;
     entry[powers + u] = __float_as_int(whole ? power : -1.0f);
+    if constexpr (Mode::loads) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) entry[u * 8 + j] = __float_as_int(static_cast<float>(sums[j / 4 * 2 + j % 2]));
+      entry[wholes + u] = __float_as_int(sum);
+    }
     if constexpr (Mode::floatZero) {
 #pragma unroll
       for (int j = 0; j < 8; j++) entry[u * 8 + j] = kMagic - static_cast<int>(p.element.offset) * sums[j / 4 * 2 + j % 2];
@@ -152,27 +161,24 @@ struct Digits {
     }
   }
 
-  float total[4], zeros[4];  // of the columns 2t, 2t + 1, for rows lane / 4 and 8 rows on
+  float total[4], zeros[4];  // of the columns 2t, 2t + 1, for rows lane / 4 and 8 rows on; with loaded scales, `zeros` of a row is whole
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int c = 0; c < 4; c++) total[c] = zeros[c] = 0.0f;
   }
-  __device__ __forceinline__ void promote(const ChunkScales<Codes, Mode>& scales, int u, float power, const float (&sum)[4]) {
-    float scale[2] = {power, power};
-    if constexpr (Mode::scaled) {
-      scale[0] *= scales.scaleOf(0, u);
-      scale[1] *= scales.scaleOf(1, u);
-    }
+  __device__ __forceinline__ void promote(const float (&scale)[2], float power, const float (&sum)[4]) {
 #pragma unroll
-    for (int c = 0; c < 4; c++) total[c] = fmaf(scale[c / 2], sum[c], total[c]);
+    for (int c = 0; c < 4; c++) total[c] = fmaf(scale[c / 2] * power, sum[c], total[c]);
   }
-  /** A chunk of x whose `codes` begin at row lane / 4 of the weights. */
+  /** A chunk of x whose `codes` begin at row lane / 4 of the weights. `scales`: `scale(r, u)` and `zero(r, u)` of a row's units. */
+  template <class Scales>
   __device__ __forceinline__ void add(const SkinnyParams& p, const uint8_t* shared, const SkinnyShared& at, const uint8_t* codes, int chunk,
-                                      const ChunkScales<Codes, Mode>& scales, uint32_t flip, int lane) {
+                                      const Scales& scales, int lane) {
     const int g = lane / 4, t = lane % 4;
     const uint8_t* x = shared + at.x + chunk * bytes;
     const int* of = reinterpret_cast<const int*>(shared + at.sums) + chunk * ints;
+    const uint32_t flip = Codes::flipOf(p.element);
     float power[(units + 3) / 4 * 4];
     if constexpr (units == 1) {
       power[0] = __int_as_float(of[powers]);
@@ -183,59 +189,90 @@ struct Digits {
         power[u] = four.x, power[u + 1] = four.y, power[u + 2] = four.z, power[u + 3] = four.w;
       }
     }
+    const auto zerosOf = [&](int u, float (&zero)[2]) {
+      if constexpr (Mode::loads) {
+        zero[0] = scales.zero(0, u), zero[1] = scales.zero(1, u);
+        if (!p.floatZero) return;
+        const float ofX = __int_as_float(of[wholes + u]);
+        zeros[0] = fmaf(zero[0], ofX, zeros[0]), zeros[2] = fmaf(zero[1], ofX, zeros[2]);
+      }
+    };
     if (power[0] > 0.0f) {
-      x += g % kDigits * 64 + t * 16;
-      codes += t * (2 * Codes::bits);
 #pragma unroll
       for (int u = 0; u < units; u++) {
-        int sum[4] = {kMagic, kMagic, kMagic, kMagic};
-        if constexpr (Mode::floatZero) {
-          const int4 first = *reinterpret_cast<const int4*>(of + u * 8 + t % 2 * 4);
-          sum[0] = first.x, sum[1] = first.y, sum[2] = first.z, sum[3] = first.w;
-        }
-#pragma unroll
-        for (int block = u * (unit / 64); block < (u + 1) * (unit / 64); block++) {
-          uint32_t low[4], high[4];
-          Codes::bytes(codes + block * (8 * Codes::bits), flip, low);
-          Codes::bytes(codes + 8 * C::pitch + block * (8 * Codes::bits), flip, high);
-          multiplyBytes16x8x64(sum, low, high, *reinterpret_cast<const uint4*>(x + block * (64 * kDigits)));
-        }
-        float whole[4];
-#pragma unroll
-        for (int c = 0; c < 4; c++) whole[c] = __int_as_float(sum[c]) - __int_as_float(kMagic);
-        promote(scales, u, power[u], whole);
+        float zero[2] = {0.0f, 0.0f}, sum[4];
+        zerosOf(u, zero);
+        sumWhole(p, x, of + u * 8, codes, flip, u, zero, g, t, sum);
+        promote({scales.scale(0, u), scales.scale(1, u)}, power[u], sum);
       }
     } else {
-      addStored(p, x, codes, scales, g, t);
+#pragma unroll
+      for (int u = 0; u < units; u++) {
+        float zero[2] = {0.0f, 0.0f}, sum[4];
+        zerosOf(u, zero);
+        sumStored(p, x, codes, u, zero, g, t, sum);
+        promote({scales.scale(0, u), scales.scale(1, u)}, 1.0f, sum);
+      }
     }
     if constexpr (Mode::floatZero) {
       // Zero points times sums of x, whose parts are the columns.
       const bool has = t * 2 < units;
-      const auto zero = [&](int r) { return t == 0 ? scales.zero[r][0] : has ? scales.zero[r][units / 2 - 1] : 0u; };
       const uint32_t b =
           has ? *reinterpret_cast<const uint32_t*>(shared + at.parts + chunk * kPartBytes + min(g, 2) * 16 + t * 4) : 0u;
-      multiply16x8x16(zeros, {zero(0), zero(1), 0u, 0u}, b, 0u);
+      multiply16x8x16(zeros, {has ? scales.zeroWord(0, t, units) : 0u, has ? scales.zeroWord(1, t, units) : 0u, 0u, 0u}, b, 0u);
+    }
+  }
+  /** The sums of a unit: what the columns' sums begin with, or sums of x, are at `of`. */
+  __device__ __forceinline__ static void sumWhole(const SkinnyParams& p, const uint8_t* x, const int* of, const uint8_t* codes, uint32_t flip,
+                                                  int u, const float (&zero)[2], int g, int t, float (&sum)[4]) {
+    int exact[4] = {kMagic, kMagic, kMagic, kMagic};
+    if constexpr (Mode::floatZero) {
+      const int4 first = *reinterpret_cast<const int4*>(of + t % 2 * 4);
+      exact[0] = first.x, exact[1] = first.y, exact[2] = first.z, exact[3] = first.w;
+    }
+#pragma unroll
+    for (int k = u * unit; k < (u + 1) * unit; k += block) {
+      const uint8_t* from = codes + k * Codes::bits / 8 + t * (block * Codes::bits / 32);
+      const uint8_t* columns = x + k * kDigits + g % kDigits * block + t * (block / 4);
+      if constexpr (block == 64) {
+        uint32_t low[4], high[4];
+        Codes::bytes(from, flip, low);
+        Codes::bytes(from + 8 * C::pitch, flip, high);
+        multiplyBytes16x8x64(exact, low, high, *reinterpret_cast<const uint4*>(columns));
+      } else {
+        uint32_t low[2], high[2];
+        Codes::bytes(from, flip, low);
+        Codes::bytes(from + 8 * C::pitch, flip, high);
+        const uint2 b = *reinterpret_cast<const uint2*>(columns);
+        multiplyBytes16x8x32(exact, {low[0], high[0], low[1], high[1]}, b.x, b.y);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) sum[c] = __int_as_float(exact[c]) - __int_as_float(kMagic);
+    if constexpr (Mode::loads) {
+      // Whole numbers below 2^24.
+      const float4 ofX = *reinterpret_cast<const float4*>(of + t % 2 * 4);
+      const float offset = Codes::offsetOf(p.element);
+      const float more[2] = {offset + (p.element.zeros ? zero[0] : 0.0f), offset + (p.element.zeros ? zero[1] : 0.0f)};
+      sum[0] = fmaf(-more[0], ofX.x, sum[0]), sum[1] = fmaf(-more[0], ofX.y, sum[1]);
+      sum[2] = fmaf(-more[1], ofX.z, sum[2]), sum[3] = fmaf(-more[1], ofX.w, sum[3]);
     }
   }
   /** The same of a chunk that stayed bf16: x is the column of the highest digit. */
-  __device__ __forceinline__ void addStored(const SkinnyParams& p, const uint8_t* x, const uint8_t* codes,
-                                            const ChunkScales<Codes, Mode>& scales, int g, int t) {
+  __device__ __forceinline__ static void sumStored(const SkinnyParams& p, const uint8_t* x, const uint8_t* codes, int u, const float (&zero)[2],
+                                                   int g, int t, float (&sum)[4]) {
     Element element = p.element;
-    element.zeros = false;
-#pragma unroll
-    for (int u = 0; u < units; u++) {
-      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (!Mode::loads) element.zeros = false;
+    sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
 #pragma unroll 1
-      for (int segment = u * (unit / 32); segment < (u + 1) * (unit / 32); segment++) {
-        uint32_t low[4], high[4];
-        Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, 0.0f, low);
-        Codes::decode(codes + 8 * C::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, 0.0f, high);
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if (g == kDigits - 1) b = *reinterpret_cast<const uint4*>(x + segment * 64 + t * 16);
-        multiply16x8x16(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
-        multiply16x8x16(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
-      }
-      promote(scales, u, 1.0f, sum);
+    for (int segment = u * (unit / 32); segment < (u + 1) * (unit / 32); segment++) {
+      uint32_t low[4], high[4];
+      Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, zero[0], low);
+      Codes::decode(codes + 8 * C::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, zero[1], high);
+      uint4 b = make_uint4(0, 0, 0, 0);
+      if (g == kDigits - 1) b = *reinterpret_cast<const uint4*>(x + segment * 64 + t * 16);
+      multiply16x8x16(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
+      multiply16x8x16(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
     }
   }
   /** Copies what a tile ends with for the finishers. */
@@ -245,10 +282,34 @@ struct Digits {
     for (int h = 0; h < 2; h++) {
       float y = fmaf(total[2 * h], 0x1p-8f, total[2 * h + 1]);
       if (t == 0) y = y * 0x1p-16f + zeros[2 * h + 1];
-      if (t < 2) y += zeros[2 * h];
+      if (t < (Mode::loads ? 1 : 2)) y += zeros[2 * h];
       y += __shfl_xor_sync(~0u, y, 1);
       if (t == 0) sheet[g + 8 * h] = y;
     }
+  }
+};
+
+/** Scales and zero points that came with the weights. */
+template <class Codes, class Mode>
+struct FetchedScales : ChunkScales<Codes, Mode> {
+  using Base = ChunkScales<Codes, Mode>;
+  __device__ __forceinline__ float scale(int r, int u) const {
+    if constexpr (Mode::scaled) return Base::scaleOf(r, u);
+    return 1.0f;
+  }
+  /** Zero points of units 2t and 2t + 1. */
+  __device__ __forceinline__ uint32_t zeroWord(int r, int t, int units) const { return t == 0 ? Base::zero[r][0] : Base::zero[r][units / 2 - 1]; }
+};
+/** Those that lanes load by themselves. */
+struct LoadedScales {
+  const SkinnyParams& p;
+  const AnyScales& codes;
+  int lane;
+  __device__ __forceinline__ float scale(int r, int u) const {
+    return p.promote == Promote::scaled ? AnyScales::of(codes.scale[r], p.weights[0].scale.codec, u, lane) : 1.0f;
+  }
+  __device__ __forceinline__ float zero(int r, int u) const {
+    return p.weights[0].zero.codec == ScaleCodec::none ? 0.0f : AnyScales::of(codes.zero[r], p.weights[0].zero.codec, u, lane);
   }
 };
 
@@ -256,20 +317,42 @@ struct Digits {
 template <class Codes, class Mode>
 __device__ __forceinline__ void multiplyDigits(const Worker<Codes, Mode>& worker, int m0) {
   using C = ChunkOf<Codes>;
-  Digits<Codes, Mode>::stage(worker.p, worker.shared, worker.at, worker.walk, worker.warp, m0);
-  const int lane = worker.lane;
-  const uint32_t flip = worker.p.element.flip * 0x01010101u;
+  const SkinnyParams& p = worker.p;
+  const Walk<Codes>& walk = worker.walk;
+  const int lane = worker.lane, warp = worker.warp;
+  Digits<Codes, Mode>::stage(p, worker.shared, worker.at, walk, warp, m0);
   Digits<Codes, Mode> of;
-  worker.walkTiles(
-      [&] { of.clear(); },
-      [&](int, int chunk, int slot, const uint8_t* codes) {
-        if (chunk >= worker.walk.chunks) return;
-        ChunkScales<Codes, Mode> scales;
-        if constexpr (Mode::scaleBytes > 0)
-          scales.load(worker.p, worker.shared, worker.at, slot, lane / 4, worker.walk.begin / C::k + chunk);
-        of.add(worker.p, worker.shared, worker.at, codes + lane / 4 * C::pitch, chunk, scales, flip, lane);
-      },
-      [&](float* sheet) { of.store(sheet, lane); });
+  const auto begin = [&] { of.clear(); };
+  const auto store = [&](float* sheet) { of.store(sheet, lane); };
+  if constexpr (Mode::loads) {
+    constexpr int units = Digits<Codes, Mode>::units;
+    AnyScales next;
+    const auto load = [&](int tile, int chunk) {
+      if (tile < walk.tiles) next.load(p, walk.perTile, units, tile, walk.begin + chunk * C::k, lane);
+    };
+    load(blockIdx.x, warp);
+    worker.walkTiles(
+        begin,
+        [&](int tile, int chunk, int, const uint8_t* codes) {
+          // The next chunk's scales are asked for before this one's are used.
+          const AnyScales scales = next;
+          const bool more = chunk + kWorkers < walk.chunks;
+          load(more ? tile : tile + gridDim.x, more ? chunk + kWorkers : warp);
+          if (chunk < walk.chunks)
+            of.add(p, worker.shared, worker.at, codes + lane / 4 * C::pitch, chunk, LoadedScales{p, scales, lane}, lane);
+        },
+        store);
+  } else {
+    worker.walkTiles(
+        begin,
+        [&](int, int chunk, int slot, const uint8_t* codes) {
+          if (chunk >= walk.chunks) return;
+          FetchedScales<Codes, Mode> scales;
+          if constexpr (Mode::scaleBytes > 0) scales.load(p, worker.shared, worker.at, slot, lane / 4, walk.begin / C::k + chunk);
+          of.add(p, worker.shared, worker.at, codes + lane / 4 * C::pitch, chunk, scales, lane);
+        },
+        store);
+  }
 }
 
 }  // namespace fewbit::linear

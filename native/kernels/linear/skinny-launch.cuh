@@ -128,6 +128,19 @@ bool grouped(const Launch& launch, const SkinnyParams& p, int unit, ScaleCodec c
          !p.element.zeros && p.floatZero == zero && rowsOfScales(launch, p, ChunkOf<Codes>::k, zero);
 }
 
+/** One row of bf16 by integer codes whose scales only the run time knows. */
+template <class Codes>
+cudaError_t chooseUnit(const Launch& launch, SkinnyParams& p, uint64_t scratchBytes) {
+  switch (p.unit) {
+    case 1: return launchSkinny<Codes, 1, InDigits<Loaded<1>>>(launch, p, 1, scratchBytes);
+    case 2: return launchSkinny<Codes, 1, InDigits<Loaded<2>>>(launch, p, 1, scratchBytes);
+    case 4: return launchSkinny<Codes, 1, InDigits<Loaded<4>>>(launch, p, 1, scratchBytes);
+    case 8:
+      if constexpr (Codes::bits == 4) return launchSkinny<Codes, 1, InDigits<Loaded<8>>>(launch, p, 1, scratchBytes);
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <class Codes>
 cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64_t scratchBytes) {
   const bool plain = p.promote == Promote::end && !p.element.zeros && !p.fold;
@@ -154,6 +167,13 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
   if constexpr (std::is_same_v<Codes, E2m1Codes> || std::is_same_v<Codes, E4m3Codes>) {
     if (grouped<Codes>(launch, p, 1, ScaleCodec::e8m0, false))
       return chooseTiles<Codes, Grouped<1, false, 1>>(launch, p, rows, scratchBytes);
+  }
+  if constexpr (std::is_same_v<Codes, Int4Codes> || std::is_same_v<Codes, IntCodes<8>>) {
+    p.columnsOfX = rows;
+    if (p.groups && p.promote != Promote::integer && inDigits(p)) {
+      if constexpr (Codes::bits == 4) return chooseUnit<Int4Codes>(launch, p, scratchBytes);
+      else return chooseUnit<AnyBytes>(launch, p, scratchBytes);
+    }
   }
   return chooseTiles<Codes, Any>(launch, p, rows, scratchBytes);
 }

@@ -20,6 +20,7 @@ struct SkinnyParams : WeightGroup {
   int columnsOfX = 1;      // rows of x that one block takes
   int parts3 = 3;          // bf16 parts of an element of x; with one of an x that is not separable, its inner scale is in it
   bool bytes = false;      // x's codes are signed bytes, without zero points
+  bool groups = false;     // integer codes with any scales may meet digits of x
   /** x is one row, the rmsnorm of `row` times `weight` in bf16: `x` says its shape alone. */
   struct {
     const float* row = nullptr;
@@ -42,24 +43,31 @@ struct SkinnyParams : WeightGroup {
  * others are the hot cases: segments can be interleaved, and scales come with the weights.
  */
 struct Any {
-  static constexpr bool digits = false, bytes = false, fixed = false, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, bytes = false, loads = false, fixed = false, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** Scales and zero points do not stand in the loop over K. */
 struct Plain {
-  static constexpr bool digits = false, bytes = false, fixed = true, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, bytes = false, loads = false, fixed = true, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** A scale of `Bytes` bytes (bf16 or e8m0) for each `Unit` segments, and perhaps a bf16 zero point that is added. */
 template <int Unit, bool Zero, int Bytes = 2>
 struct Grouped {
-  static constexpr bool digits = false, bytes = false, fixed = true, scaled = true, floatZero = Zero, folds = false;
+  static constexpr bool digits = false, bytes = false, loads = false, fixed = true, scaled = true, floatZero = Zero, folds = false;
   static constexpr int unit = Unit, scaleBytes = Bytes;
 };
 /** e4m3 scales of 16 elements multiply the codes. */
 struct Folded {
-  static constexpr bool digits = false, bytes = false, fixed = true, scaled = false, floatZero = false, folds = true;
+  static constexpr bool digits = false, bytes = false, loads = false, fixed = true, scaled = false, floatZero = false, folds = true;
   static constexpr int unit = 1, scaleBytes = 1;
+};
+
+/** As `Any`, but for how often scales change. */
+template <int Unit>
+struct Loaded {
+  static constexpr bool digits = false, bytes = false, loads = true, fixed = true, scaled = true, floatZero = false, folds = false;
+  static constexpr int unit = Unit, scaleBytes = 0;
 };
 
 /** One row of x as digits (skinny-digits.cuh), so many. */
@@ -166,7 +174,7 @@ __host__ __device__ inline int sumsOfChunk(const SkinnyParams& p) {
   constexpr int segments = ChunkOf<Codes>::segments;
   if constexpr (Mode::digits) {
     constexpr int units = segments / (Mode::scaled ? Mode::unit : segments);
-    return units * 8 + (units + 3) / 4 * 4;
+    return units * 8 + (units + 3) / 4 * 4 * (Mode::loads ? 2 : 1);
   }
   return segments / p.unit * Tiles * 8;
 }

@@ -1,6 +1,6 @@
 // What every warp that multiplies does: it walks over tiles and stages of the ring.
 #pragma once
-#include "skinny-x.cuh"
+#include "skinny-any.cuh"
 
 namespace fewbit::linear {
 

@@ -14,7 +14,9 @@ cudaError_t run(const Launch& launch) {
   uint64_t scratchBytes = 0;
   Arguments arguments(launch);
   readDecoded(launch, arguments, p, scratch, scratchBytes);
-  p.bytes = arguments.flag();
+  const int ways = arguments.small();
+  p.bytes = (ways & 1) != 0;
+  p.groups = (ways & 2) != 0;
   p.norm.row = reinterpret_cast<const float*>(arguments.buffer());
   if (p.norm.row != nullptr) {
     p.norm.row += arguments.integer();

@@ -24,7 +24,12 @@ export const LOWEST = 80;
  * Features whose kernels have not yet passed `fewbit validate` through the addon on a device. They are used where the environment
  * variable FEWBIT_CUDA_TRIAL names them.
  */
-export const TRIALS = { blocks: "trial:blocks", bytes: "trial:bytes", norms: "trial:norms" } as const;
+export const TRIALS = {
+  blocks: "trial:blocks",
+  bytes: "trial:bytes",
+  groups: "trial:groups",
+  norms: "trial:norms",
+} as const;
 
 /** The features that a list of names, separated by commas, puts on trial. Unknown names are left out. */
 export function trialFeatures(names = ""): string[] {

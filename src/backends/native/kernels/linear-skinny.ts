@@ -82,15 +82,20 @@ function normedRow(context: BuildContext, before: BuildContext): NormedRow | nul
 const signedBytes = (x: Format | null): boolean =>
   x?.element.kind === "int" && x.element.bits === 8 && x.element.signed && x.zero.domain === "none";
 
+/** Ways that a row may take where the kernel finds that it can, as skinny.cu reads them. */
+const WAYS = { bytes: 1, groups: 2 } as const;
+
 function dispatch(context: BuildContext, normed: NormedRow | null): NativeDispatch[] {
   const { bound, device } = context;
+  const bytes = device.features.has(TRIALS.bytes) && signedBytes(formatsOf(bound).x) ? WAYS.bytes : 0;
+  const groups = device.features.has(TRIALS.groups) ? WAYS.groups : 0;
   const written = new LinearArguments()
     .weightGroup(context)
     .activations(context)
     .epilogue(context)
     .int(...promotion(bound, chunkOf(bound)).args)
     .buffer(scratchBytes(bound) > 0 ? scratch : undefined)
-    .int(device.features.has(TRIALS.bytes) && signedBytes(formatsOf(bound).x))
+    .int(bytes | groups)
     .buffer(normed === null ? undefined : operand(context, normed.row));
   if (normed !== null)
     written.int(context.strided(normed.row)[1]).buffer(operand(context, normed.weight)).real(normed.eps);
