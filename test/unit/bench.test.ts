@@ -63,14 +63,14 @@ test("a line a case, with its samples, what it moved and computed, or why it has
   expect(rows.map(({ recipe, size }) => `${recipe} ${size}`)).toEqual([
     ...["none 32", "int8dq 32", "bogus 32", "none 64", "int8dq 64", "bogus 64"],
   ]);
-  for (const row of rows.slice(0, 4)) {
+  for (const row of rows.filter(({ recipe }) => recipe !== "bogus")) {
     expect(row).toMatchObject({ bench: "roofline", backend: "reference", flops: 2 * (row.size as number) ** 3 });
     const samples = row.samples as number[];
     expect(samples).toHaveLength(2);
     expect(row.median_us).toBe(samples[1]);
     expect(samples[0]).toBeGreaterThan(0);
   }
-  for (const row of rows.slice(4)) expect(row.refused).toContain("bogus");
+  for (const row of rows.filter(({ recipe }) => recipe === "bogus")) expect(row.refused).toContain("bogus");
 });
 
 test.each([
