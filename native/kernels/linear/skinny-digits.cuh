@@ -32,7 +32,7 @@ struct Digits {
   static constexpr int block = unit == 32 ? 32 : 64;  // elements whose codes lanes load at once
   static constexpr int bytes = C::k * kDigits;
   // Where powers begin, and sums of x where scales are loaded, and all, of a chunk.
-  static constexpr int powers = units * 8, wholes = powers + (units + 3) / 4 * 4, ints = wholes + (Mode::loads ? (units + 3) / 4 * 4 : 0);
+  static constexpr int powers = units * 8, wholes = powers + (units + 3) / 4 * 4, ints = kDigitInts<Codes, Mode>;
   static constexpr bool sumsX = Mode::floatZero || Mode::loads;
   static constexpr int octetsOfChunk = C::k / 8, octetsOfUnit = unit / 8;
   /** 1.5 * 2^23 as a float: an integer below 2^22 added to its bits is added to its value. */

@@ -168,15 +168,18 @@ struct SkinnyBarriers {
   float squares[kWorkers];  // sums of a row that is normed
 };
 
+/** Integers of a chunk that digits are summed with: eight a unit, its power, and its sum of x where scales are loaded. */
+template <class Codes, class Mode>
+constexpr int kDigitInts = [] {
+  constexpr int segments = ChunkOf<Codes>::segments, units = segments / (Mode::scaled ? Mode::unit : segments);
+  return units * 8 + (units + 3) / 4 * 4 * (Mode::loads ? 2 : 1);
+}();
+
 /** Floats that a chunk's sums of x take, or what digits are summed with. */
 template <class Codes, int Tiles, class Mode>
 __host__ __device__ inline int sumsOfChunk(const SkinnyParams& p) {
-  constexpr int segments = ChunkOf<Codes>::segments;
-  if constexpr (Mode::digits) {
-    constexpr int units = segments / (Mode::scaled ? Mode::unit : segments);
-    return units * 8 + (units + 3) / 4 * 4 * (Mode::loads ? 2 : 1);
-  }
-  return segments / p.unit * Tiles * 8;
+  if constexpr (Mode::digits) return kDigitInts<Codes, Mode>;
+  return ChunkOf<Codes>::segments / p.unit * Tiles * 8;
 }
 
 /** Of a chunk's sums of x, as three bf16 each, where digits are used: 8 of a part side by side. */

@@ -175,11 +175,15 @@ function buildBucket(
       new BuildContext(new BoundStep(plan.graph, step, symbols), plan.memory, device.capabilities, plan.graph.symbols),
   );
   const built: Built[] = [];
+  let taken = -1; // the last step that took over the one before it: its dispatches are of both
   for (const [step, context] of contexts.entries()) {
     const kernel = choices[step]?.kernel as NativeKernel;
-    const before = contexts[step - 1];
-    const joined = before !== undefined && readsAlone(plan, step) ? (kernel.join?.(context, before) ?? null) : null;
-    while (joined !== null && built.at(-1)?.step === step - 1) built.pop();
+    const before = step - 1 === taken ? undefined : contexts[step - 1];
+    const joined = (before && kernel.join && readsAlone(plan, step) && kernel.join(context, before)) || null;
+    if (joined !== null) {
+      taken = step;
+      while (built.at(-1)?.step === step - 1) built.pop();
+    }
     built.push(...(joined ?? kernel.build(context)).map((dispatch) => ({ step, dispatch })));
   }
   return built;

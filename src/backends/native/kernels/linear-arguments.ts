@@ -106,6 +106,14 @@ function activationObstacle({ element, scales, zero, name }: Format): string | n
 
 const isHalf = (codec: Codec) => same(codec, CODECS.bf16) || same(codec, CODECS.f16);
 
+/** Whether codes are signed bytes as they lie, without zero points. */
+export const isSigned8 = ({ element, zero }: Format): boolean =>
+  element.kind === "int" && element.signed && element.bits === 8 && zero.domain === "none";
+
+/** Whether a format's codes are numbers of a codec, without scales. */
+export const unscaled = ({ element, scales }: Format, codec: string): boolean =>
+  scales.length === 0 && codecName(element) === codec;
+
 /** Whether x's codes are bf16 exactly and its scales constant along K: one carrier an element, scales applied afterwards. */
 export function isSeparable(format: Format, k: number): boolean {
   const constantAlongK = format.scales.every(({ block }) => extentOf(block[1], k) >= k);

@@ -11,11 +11,13 @@ import {
   formatsOf,
   isInteger,
   isSeparable,
+  isSigned8,
   LinearArguments,
   partsOf,
   scaleRun,
   significantBits,
   stepObstacle,
+  unscaled,
 } from "./linear-arguments.js";
 import { needsFeature } from "./sdpa-step.js";
 
@@ -35,10 +37,7 @@ interface Plan {
   readonly scaledW: boolean;
 }
 
-const unscaled = (format: Format, codec: string) => format.scales.length === 0 && codecName(format.element) === codec;
 const isFloat8 = (codec: Codec) => codec.kind === "float" && ["e4m3", "e5m2"].includes(codecName(codec));
-const isSigned8 = ({ element, zero }: Format) =>
-  element.kind === "int" && element.signed && element.bits === 8 && zero.domain === "none";
 
 /** Both operands as they lie in memory, scales applied to finished sums, or why not. */
 function asStored(bound: BoundStep, device: Capabilities): Plan | string {

@@ -1,4 +1,4 @@
-import { codecBits, codecName, type Format } from "../../../formats/format.js";
+import { codecBits } from "../../../formats/format.js";
 import type { ValueId } from "../../../ir/graph.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
@@ -8,8 +8,9 @@ import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, 
 import { operand } from "./general-arguments.js";
 import { quantizeStep } from "./general-quantize.js";
 import { earlyObstacle } from "./general-rows.js";
-import { formatsOf, LinearArguments, partsOf } from "./linear-arguments.js";
+import { formatsOf, isSigned8, LinearArguments, partsOf, unscaled } from "./linear-arguments.js";
 import { decodedObstacle, promotion } from "./linear-decoded.js";
+import { needsSharedMemory } from "./sdpa-step.js";
 
 const SKINNY: Entry = { name: "linear/skinny", abi: 3 };
 
@@ -39,13 +40,6 @@ const LEAST_MEMORY = 160 * 1024;
 /** Bytes of x, as bf16 columns, that fit in a block of any device with that much. */
 const SLICE_BYTES = 32 * 1024;
 
-const sharedMemory: Requirement = {
-  unmet: (_, { workgroupMemory }) =>
-    workgroupMemory >= LEAST_MEMORY
-      ? null
-      : `a block needs ${LEAST_MEMORY} bytes of shared memory: it has ${workgroupMemory}`,
-};
-
 /** Partial sums of slices of K, for when x does not fit in one block's shared memory. */
 function scratchBytes(bound: BoundStep): number {
   const { n, k, x } = formatsOf(bound);
@@ -70,24 +64,20 @@ function normedRow(context: BuildContext, before: BuildContext): NormedRow | nul
   const { node, norm, operands } = quantizeStep(before.bound);
   const { x, k } = linearStep(bound);
   if (norm === undefined || node.outputs[0] !== x || node.attrs.dtype !== undefined) return null;
-  const { element, scales } = node.attrs.format;
-  if (codecName(element) !== "bf16" || scales.length > 0 || k % 8 !== 0 || k > MOST_NORMED) return null;
+  if (!unscaled(node.attrs.format, "bf16") || k % 8 !== 0 || k > MOST_NORMED) return null;
   const { root, column } = before.placement(operands[0]);
   const [, last] = memory.live.get(root) ?? [0, Number.POSITIVE_INFINITY];
   if (column % 4 !== 0 || last < bound.step.id || earlyObstacle(before.bound, norm) !== null) return null;
   return { row: operands[0], weight: norm.inputs[1] as ValueId, eps: norm.attrs.eps };
 }
 
-/** Whether codes of x are signed bytes as they lie. */
-const signedBytes = (x: Format | null): boolean =>
-  x?.element.kind === "int" && x.element.bits === 8 && x.element.signed && x.zero.domain === "none";
-
 /** Ways that a row may take where the kernel finds that it can, as skinny.cu reads them. */
 const WAYS = { bytes: 1, groups: 2 } as const;
 
 function dispatch(context: BuildContext, normed: NormedRow | null): NativeDispatch[] {
   const { bound, device } = context;
-  const bytes = device.features.has(TRIALS.bytes) && signedBytes(formatsOf(bound).x) ? WAYS.bytes : 0;
+  const { x } = formatsOf(bound);
+  const bytes = device.features.has(TRIALS.bytes) && x !== null && isSigned8(x) ? WAYS.bytes : 0;
   const groups = device.features.has(TRIALS.groups) ? WAYS.groups : 0;
   const written = new LinearArguments()
     .weightGroup(context)
@@ -108,7 +98,7 @@ export const SKINNY_KERNELS: readonly NativeKernel[] = [
     id: "cuda/linear/skinny",
     kind: "linear",
     entries: [SKINNY],
-    requires: [sharedMemory, described, fewRows],
+    requires: [needsSharedMemory(LEAST_MEMORY), described, fewRows],
     fusions: ["gate*up+quantize", "linear+activation+quantize"],
     rowTile: 8,
     efficiency: { bandwidth: 0.75, compute: 0.06 },

@@ -15,6 +15,7 @@ import {
 import { operand } from "./general-arguments.js";
 import {
   extentOf,
+  needsSharedMemory,
   plainCodec,
   ROUNDED,
   real,
@@ -109,12 +110,7 @@ export const SDPA_DECODE: NativeKernel = {
         : "it rounds probabilities to e4m3 or not at all",
     ),
     roundsResult,
-    {
-      unmet: (_, { workgroupMemory }) =>
-        workgroupMemory >= LEAST_MEMORY
-          ? null
-          : `a block needs ${LEAST_MEMORY} bytes of shared memory: it has ${workgroupMemory}`,
-    },
+    needsSharedMemory(LEAST_MEMORY),
   ],
   fusions: [ROUNDED],
   rowTile: 2,

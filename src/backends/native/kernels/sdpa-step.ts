@@ -55,6 +55,12 @@ export const needsFeature = (feature: string, what: string): Requirement => ({
   unmet: (_, device) => (device.features.has(feature) ? null : what),
 });
 
+/** A block of a kernel takes so many bytes of shared memory. */
+export const needsSharedMemory = (bytes: number): Requirement => ({
+  unmet: (_, { workgroupMemory }) =>
+    workgroupMemory >= bytes ? null : `a block needs ${bytes} bytes of shared memory: it has ${workgroupMemory}`,
+});
+
 /** What a dimension is under a step's symbols. */
 export const extentOf = (dim: Dim, { symbols }: BoundStep): number =>
   typeof dim === "number" ? dim : (symbols[dim] ?? 0);
