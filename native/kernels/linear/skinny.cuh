@@ -20,7 +20,7 @@
 namespace fewbit::linear {
 
 template <class Codes, int Tiles, class Mode>
-__global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 : 152)
+__global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 : 128)
     skinny(const __grid_constant__ SkinnyParams p) {
   using C = ChunkOf<Codes>;
   extern __shared__ __align__(128) uint8_t shared[];
