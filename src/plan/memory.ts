@@ -46,6 +46,9 @@ export function planMemory(graph: Graph, steps: readonly Step[], symbols: Symbol
   return { slots: slots.map((slot) => slot.bytes), slotOf, live, placement };
 }
 
+/** Steps that a backend may run together with the step behind them: what they read is kept for that one too. */
+const TOGETHER: Partial<Record<Step["kind"], Step["kind"]>> = { linear: "rope_kv" };
+
 /** In-place results sit on their operand; a grouped linear's outputs are column ranges of its first output. */
 function placements(graph: Graph, steps: readonly Step[]): Map<ValueId, Placement> {
   const placement = new Map<ValueId, Placement>();
@@ -76,8 +79,9 @@ function lifetimes(graph: Graph, steps: readonly Step[], root: (id: ValueId) => 
   const live = new Map<ValueId, readonly [number, number]>();
   const owns = (id: ValueId) => graph.values[id]?.role === "value";
   for (const [at, step] of steps.entries()) {
+    const end = TOGETHER[step.kind] === steps[at + 1]?.kind ? at + 1 : at;
     for (const id of [...step.outputs, ...step.inputs].map(root).filter(owns)) {
-      live.set(id, [live.get(id)?.[0] ?? at, at]);
+      live.set(id, [live.get(id)?.[0] ?? at, end]);
     }
   }
   for (const id of Object.values(graph.outputs).map(root).filter(owns)) {

@@ -74,7 +74,12 @@ function byRow(format: Format): Format {
 /** The rows of linear: every format and block, every pair that a config makes, and what is fused. */
 export function linearRows(formats: readonly Format[]): Row[] {
   const rows: Row[] = [];
-  const add = (variant: string, format: Format, shape: { n: number; k: number }, more: Partial<Row> = {}) => {
+  const add = (
+    variant: string,
+    format: Format,
+    shape: { n: number; k: number; size?: number },
+    more: Partial<Row> = {},
+  ) => {
     if (fits(format, shape.k)) rows.push({ op: "linear", variant, format, shape, runs: ENDS, quick: false, ...more });
   };
   // 37 features are no multiple of a tile or a workgroup; 256 is a multiple of every block.
@@ -123,6 +128,34 @@ export function linearRows(formats: readonly Format[]): Row[] {
       activation: byRow(float8_e4m3),
     },
   );
+  // One row's heads, which a backend may store where it multiplies them.
+  const stores = {
+    options: { heads: true, rounds: true },
+    runs: [
+      { T: 1, P: 3 },
+      { T: 5, P: 3 },
+      { T: 1, P: 23 },
+    ],
+  };
+  for (const [i, [format, activation]] of (
+    [
+      [bf16, bf16],
+      [byRow(int8), bf16],
+      [byRow(int8), byRow(int8)],
+      [byRow(float8_e4m3), bf16],
+      [byRow(float8_e4m3), byRow(float8_e4m3)],
+      [withScale(int4_tinygemm, { block: [1, 64] }), bf16],
+      [withScale(int4_tinygemm, { block: [1, 32] }), bf16],
+      [withScale(float8_e4m3, { block: [128, 128] }), bf16],
+      [FORMATS.int5, bf16],
+      [FORMATS.nvfp4, bf16],
+      [FORMATS.mxfp8_e4m3, FORMATS.mxfp8_e4m3],
+    ] as const
+  ).entries())
+    add("heads", format, { n: 256, k: 256, size: 64 }, { ...stores, activation, quick: i < 7 && i % 2 === 0 });
+  const biased = { heads: true, rounds: true, bias: true };
+  add("heads_bias", int8, { n: 96, k: 1024, size: 16 }, { ...stores, options: biased, activation: bf16, quick: true });
+  add("heads_f32", bf16, { n: 64, k: 72, size: 32 }, { ...stores, options: { heads: true } });
   // Some tens of rows, along a K that blocks share between them and walk over in several turns.
   for (const format of [withScale(int4_tinygemm, { block: [1, 64] }), byRow(int8), FORMATS.nvfp4])
     add("long", format, { n: 40, k: 8192 }, { activation: bf16, runs: [{ T: 16 }, { T: 32 }, { T: 100 }] });

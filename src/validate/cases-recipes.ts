@@ -4,7 +4,7 @@ import type { OpName } from "../ir/ops.js";
 import { packSettings } from "../ir/sample.js";
 import type { HostTensor } from "../ir/tensor.js";
 import { random, randomTensor, seedOf } from "./cases-random.js";
-import { chain } from "./cases-recipes-chain.js";
+import { chain, headCaches, heads } from "./cases-recipes-chain.js";
 import { LAYER_RECIPES } from "./cases-recipes-layer.js";
 import { angles, at, floats, positions, type Recipe, Sketch, tokens, x } from "./cases-sketch.js";
 
@@ -30,6 +30,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
       const [n, k] = [at(shape, "n"), at(shape, "k")];
       const sketch = new Sketch(max, seed);
       if (options.chain) return chain(sketch, row);
+      if (options.heads) return heads(sketch, row);
       const { graph } = sketch;
       const input = graph.input("x", dense("f32", ["T", k]));
       const source = activation === undefined ? input : graph.one("quantize", [input], { format: activation }, "codes");
@@ -63,6 +64,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
     },
     inputs: ({ shape, options }, run, seed) => ({
       x: floats([run.T as number, at(shape, "k")], seed),
+      ...(options?.heads ? headCaches(shape, seed) : {}),
       ...(options?.qkv ? { cache: randomTensor(FORMATS.f32, [(at(shape, "n") / 16) * 64, 16], seed + 2) } : {}),
       ...(options?.residual ? { residual: floats([run.T as number, at(shape, "n")], seed + 1, 4) } : {}),
       ...(options?.chain ? { residual: floats([run.T as number, at(shape, "k")], seed + 1, 4) } : {}),

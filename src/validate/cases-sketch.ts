@@ -31,6 +31,8 @@ export interface Options {
   readonly rounds?: boolean;
   /** Linears and norms one after another, as from one attention of a model to the next. */
   readonly chain?: boolean;
+  /** Three linears whose heads are turned, rounded and stored in caches, as attention reads them. */
+  readonly heads?: boolean;
   /** The linears declare short sums. */
   readonly fastAccum?: boolean;
   /** Queries and probabilities are bf16. */

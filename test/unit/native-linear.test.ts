@@ -5,11 +5,10 @@ import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table
 import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
 import { ROWS_KERNELS } from "../../src/backends/native/kernels/rows-table.js";
 import { storedLayout } from "../../src/backends/stored-layout.js";
-import { f32Bits } from "../../src/core/dtype.js";
 import { codecVector, type Format, formatKey, withScale } from "../../src/formats/format.js";
 import { FORMATS } from "../../src/formats/table.js";
 import { scaleGranularity } from "../../src/formats/tensor.js";
-import { dense, GraphBuilder, stored } from "../../src/ir/graph.js";
+import { dense, GraphBuilder, stored, type ValueId } from "../../src/ir/graph.js";
 import { makePlan, type Plan } from "../../src/plan/plan.js";
 import type { Choice } from "../../src/plan/select.js";
 import { BoundStep } from "../../src/plan/step.js";
@@ -91,11 +90,40 @@ function parse({ args, bindings, entry }: NativeDispatch) {
   const rest = args.slice(at, at + (["linear/skinny", "linear/mixed"].includes(entry.name) ? 5 : 6));
   skip(rest.length);
   const scratch = buffer();
-  const ways = entry.name === "linear/skinny" ? take() : 0;
-  const norm =
-    entry.name === "linear/skinny" && buffer() >= 0 ? { column: take(), weight: buffer(), eps: take() } : null;
+  const skinny = entry.name === "linear/skinny";
+  const bytes = skinny && take() === 1;
+  const count = skinny ? take() : 0;
+  const half = count > 0 ? 2 ** take() : 0;
+  const heads = Array.from({ length: count }, () => ({
+    heads: take(),
+    angles: bindings[buffer()],
+    position: take(),
+    rounding: take(),
+    out: bindings[buffer()],
+    offset: take(),
+    cache: take(),
+    keys: take(),
+  }));
   expect(at).toBe(args.length);
-  return { kind, parts, n, k, rowBytes, weights, x, fn, rounding, out, residual, biases, rest, scratch, ways, norm };
+  return {
+    kind,
+    parts,
+    n,
+    k,
+    rowBytes,
+    weights,
+    x,
+    fn,
+    rounding,
+    out,
+    residual,
+    biases,
+    rest,
+    scratch,
+    bytes,
+    half,
+    heads,
+  };
 }
 
 const activations = { dense: undefined, bf16: FORMATS.bf16, int8: FORMATS.int8, float8: FORMATS.float8_e4m3 } as const;
@@ -221,57 +249,109 @@ describe("linear on CUDA", () => {
     },
   );
 
-  test("codes of x are multiplied as they lie where both are signed bytes, on trial", () => {
-    const on = cudaCapabilities(H100, ["cublaslt", TRIALS.bytes]);
-    const read = (x: Format, features = on) => parse(dispatchOf(plan({ weight: FORMATS.int8, x }, features), features));
+  test("codes of x are multiplied as they lie where both are signed bytes", () => {
+    const bytes = (x: Format) => parse(dispatchOf(plan({ weight: FORMATS.int8, x }))).bytes;
     const rows = (format: Format) => withScale(format, { block: [1, "all"] });
-    expect(read(rows(FORMATS.int8)).ways).toBe(1);
-    expect(read(rows(FORMATS.int8), hopper).ways).toBe(0);
-    expect(read(rows(FORMATS.int8_asymmetric)).ways).toBe(0);
-    expect(read(rows(FORMATS.float8_e4m3)).ways).toBe(0);
-    expect(read(FORMATS.bf16).ways).toBe(0);
-    expect(read(FORMATS.bf16, cudaCapabilities(H100, ["cublaslt", TRIALS.groups])).ways).toBe(2);
+    expect(bytes(rows(FORMATS.int8))).toBe(true);
+    expect([rows(FORMATS.int8_asymmetric), rows(FORMATS.float8_e4m3), FORMATS.bf16].map(bytes)).toEqual([
+      false,
+      false,
+      false,
+    ]);
   });
 
-  describe("a norm in front of it, on trial", () => {
-    const on = cudaCapabilities(H100, ["cublaslt", TRIALS.norms]);
+  describe("heads that one row's linear stores itself", () => {
     const { join } = LINEAR_KERNELS.find(({ id }) => id === "cuda/linear/skinny") as NativeKernel;
     interface Layer {
       readonly rows?: number;
-      readonly format?: Format;
+      readonly cache?: Format;
+      readonly queries?: Format | null;
+      readonly interleaved?: boolean;
+      readonly rotary?: number;
+      readonly ring?: boolean;
+      readonly size?: number;
       readonly k?: number;
-      readonly lives?: boolean;
+      readonly x?: Format;
     }
-    /** Joins the last step of h -> rmsnorm -> quantize -> linear (-> + h) with the one before it. */
-    function joined({ rows = 1, format = FORMATS.bf16, k = K, lives = true }: Layer, features = on) {
-      const g = new GraphBuilder({});
-      const h = g.one("unary", [g.input("x", dense("f32", [rows, k]))], { fn: "relu" }, "h");
-      const normed = g.one("rmsnorm", [h, g.weight("norm", dense("f32", [k]))], { eps: 0.5 }, "normed");
-      const x = g.one("quantize", [normed], { format }, "codes");
-      const y = g.one("linear", [x, g.weight("w", stored(FORMATS.int8, [k, k]))], {}, "y");
-      g.output("y", lives ? g.one("binary", [y, h], { fn: "add" }, "sum") : y);
-      const made = makePlan(g.build(), { kernels: [...kernels, ...ROWS_KERNELS], capabilities: features });
+    const [HEADS, KV_HEADS, KEYS] = [4, 2, 40];
+    /** x -> q, k, v -> rope, caches: the plan, and the dispatches that the linear makes of its step and the one behind it. */
+    function joined(layer: Layer) {
+      const {
+        rows = 1,
+        cache = FORMATS.bf16,
+        queries = FORMATS.bf16,
+        size = 64,
+        k = 256,
+        x: inputs = FORMATS.bf16,
+      } = layer;
+      const { interleaved = false, rotary = size, ring = false } = layer;
+      const g = new GraphBuilder({ P: 30 });
+      const x = g.one("quantize", [g.input("x", dense("f32", [rows, k]))], { format: inputs }, "codes");
+      const table = g.weight("angles", dense("f32", [KEYS, rotary]));
+      const linear = (name: string, heads: number) =>
+        g.one("linear", [x, g.weight(`${name}.weight`, stored(FORMATS.int8, [heads * size, k]))], {}, name);
+      const [q, key, value] = [linear("q", HEADS), linear("k", KV_HEADS), linear("v", KV_HEADS)];
+      const turned = (source: ValueId, heads: number, name: string) =>
+        g.one("rope", [source, table], { heads, position: "P", ...(interleaved ? { interleaved } : {}), rotary }, name);
+      const written = (name: string, source: ValueId) => {
+        const state = g.state(name, stored(cache, [KV_HEADS, KEYS, size]));
+        return g.one("kv_write", [state, source], { position: "P", ...(ring ? { ring } : {}) }, `${name}.written`);
+      };
+      const angles = turned(q, HEADS, "rope.q");
+      g.output(
+        "q",
+        queries === null ? angles : g.one("quantize", [angles], { format: queries, heads: HEADS }, "q.codes"),
+      );
+      g.output("keys", written("keys", turned(key, KV_HEADS, "rope.k")));
+      g.output("values", written("values", value));
+      const made = makePlan(g.build(), { kernels: [...kernels, ...ROWS_KERNELS], capabilities: hopper });
       const contexts = made.steps.map(
-        (step) => new BuildContext(new BoundStep(made.graph, step, {}), made.memory, features, {}),
+        (step) => new BuildContext(new BoundStep(made.graph, step, { P: 30 }), made.memory, hopper, { P: 30 }),
       );
       const at = made.steps.findIndex(({ kind }) => kind === "linear");
-      return join?.(contexts[at] as BuildContext, contexts[at - 1] as BuildContext) ?? null;
+      expect(made.steps[at + 1]?.kind).toBe("rope_kv");
+      return { made, dispatches: join?.(contexts[at] as BuildContext, contexts[at + 1] as BuildContext) ?? null };
     }
 
-    test("is done where the row of x is multiplied", () => {
-      const [dispatch, ...more] = joined({}) as NativeDispatch[];
-      expect(more).toEqual([]);
-      const { norm } = parse(dispatch as NativeDispatch);
-      expect(norm).toEqual({ column: 0, weight: expect.any(Number), eps: f32Bits(0.5) });
-      expect(dispatch?.bindings[norm?.weight as number]).toMatchObject({ kind: "dense" });
+    test("go where attention reads them: turned queries, then keys and values in their caches", () => {
+      const { made, dispatches } = joined({});
+      expect(dispatches?.length).toBe(1);
+      const { half, heads } = parse(dispatches?.[0] as NativeDispatch);
+      const named = (name: string) =>
+        expect.objectContaining({ id: made.graph.values.find((v) => v.name === name)?.id });
+      expect(half).toBe(32);
+      const [angles, position] = [expect.objectContaining({ kind: "dense" }), 0];
+      const bf16 = { rounding: 1, offset: 0 };
+      expect(heads).toEqual([
+        { heads: HEADS, angles, position, ...bf16, out: named("q.codes"), cache: -1, keys: 0 },
+        { heads: KV_HEADS, angles, position, ...bf16, out: named("keys"), cache: 0, keys: KEYS },
+        { heads: KV_HEADS, angles: undefined, position: -1, ...bf16, out: named("values"), cache: 0, keys: KEYS },
+      ]);
     });
 
-    test("is not, for several rows, other formats, rows that are too long, or a row that is gone by then", () => {
-      expect(joined({}, hopper)).toBeNull();
-      expect(joined({ rows: 2 })).toBeNull();
-      expect(joined({ format: withScale(FORMATS.float8_e4m3, { block: [1, "all"] }) })).toBeNull();
-      expect(joined({ k: 8448 })).toBeNull();
-      expect(joined({ lives: false })).toBeNull();
+    test("may be float32 queries and caches of f16", () => {
+      const { dispatches } = joined({ queries: null, cache: FORMATS.f16 });
+      expect(parse(dispatches?.[0] as NativeDispatch).heads.map(({ rounding }) => rounding)).toEqual([0, 2, 2]);
+    });
+
+    test("are not stored over what it still reads", () => {
+      const { made } = joined({});
+      const id = (name: string) => made.graph.values.find((value) => value.name === name)?.id as ValueId;
+      expect(made.memory.slotOf.get(id("codes"))).not.toBe(made.memory.slotOf.get(id("q.codes")));
+      expect(made.memory.live.get(id("codes"))?.[1]).toBe(made.memory.live.get(id("q.codes"))?.[0]);
+    });
+
+    test.each<[string, Layer]>([
+      ["several rows", { rows: 2 }],
+      ["a cache with scales", { cache: withScale(FORMATS.int8, { block: [1, "all"] }) }],
+      ["queries with scales", { queries: withScale(FORMATS.float8_e4m3, { block: [1, "all"] }) }],
+      ["neighbours that are turned together", { interleaved: true }],
+      ["heads that are turned in part", { rotary: 32 }],
+      ["a ring of keys", { ring: true }],
+      ["heads whose halves are no power of two", { size: 96 }],
+      ["rows that several blocks share", { k: 20480 }],
+    ])("take a step of their own: %s", (_, layer) => {
+      expect(joined(layer).dispatches).toBeNull();
     });
   });
 

@@ -172,6 +172,11 @@ struct Dense {
 /** How a result is stored. The order is that of `ROUNDINGS` in linear-arguments.ts, after `none`. */
 enum class Rounding : int { none, bf16, f16 };
 
+/** The code of 16 bits of a number. */
+__device__ __forceinline__ unsigned short roundedCode(Rounding rounding, float value) {
+  return rounding == Rounding::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value)) : __half_as_ushort(__float2half_rn(value));
+}
+
 /** What happens to finished sums: bias, then either a residual, an activation, or activation(gate) * up. */
 struct Epilogue {
   const float* bias[2] = {nullptr, nullptr};
@@ -198,10 +203,7 @@ struct Epilogue {
   }
 
  private:
-  __device__ __forceinline__ uint32_t code(float value) const {
-    return rounding == Rounding::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
-                                      : __half_as_ushort(__float2half_rn(value));
-  }
+  __device__ __forceinline__ uint32_t code(float value) const { return roundedCode(rounding, value); }
 };
 
 }  // namespace fewbit::linear

@@ -15,7 +15,7 @@ struct AnyScales {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const Weights& w = p.weights[p.parts == 2 ? r : 0];
-      const int n = min(tile * perTile + (p.parts == 2 ? lane / 4 : lane / 4 + 8 * r), p.n - 1);
+      const int n = p.rowOf(min(tile * perTile + (p.parts == 2 ? lane / 4 : lane / 4 + 8 * r), p.n - 1), r);
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int index = lane % 4 + 4 * h;
@@ -41,7 +41,7 @@ struct AnyScales {
 /** The codes of a segment times the scales of their 16 elements. */
 __device__ __forceinline__ void foldAny(const SkinnyParams& p, int perTile, int tile, int k, int lane, int r, uint32_t (&codes)[4]) {
   const Weights& w = p.weights[p.parts == 2 ? r : 0];
-  const int n = min(tile * perTile + (p.parts == 2 ? lane / 4 : lane / 4 + 8 * r), p.n - 1);
+  const int n = p.rowOf(min(tile * perTile + (p.parts == 2 ? lane / 4 : lane / 4 + 8 * r), p.n - 1), r);
   const int column = min((k + lane % 4 * 8) / 16, w.scale.columns - 1);
   const uint32_t bits = loadScaleBits(w.scale, int64_t(n) * w.scale.columns + column);
   const __nv_bfloat162 factor = __float2bfloat162_rn(decodeScaleCall(w.scale.codec, bits));

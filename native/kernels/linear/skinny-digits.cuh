@@ -4,7 +4,6 @@
 // four signed bytes: four columns of x. A bf16 keeps its 8 bits if its exponent is at most 22 below that of its unit's largest; a chunk of x
 // that has a smaller one, or one that is not finite, stays bf16 and meets codes in bf16.
 #pragma once
-#include "skinny-norm.cuh"
 #include "skinny-worker.cuh"
 
 namespace fewbit::linear {
@@ -53,13 +52,6 @@ struct Digits {
     const Octets<Codes> octets(walk, warp);
     const uint8_t* row = p.x.at + m * p.x.stride;
     const auto targetOf = [&](int octet) { return shared + at.x + octets.chunk(octet) * bytes; };
-    if (p.norm.row != nullptr) {
-      normRow<Codes>(p, reinterpret_cast<SkinnyBarriers*>(shared)->squares, walk, warp, [&](int octet, const uint32_t (&words)[4]) {
-        stageOctet(p, shared, at, octets.chunk(octet), octet % octetsOfChunk, words, targetOf(octet), octet < octets.count);
-      });
-      __syncwarp();
-      return;
-    }
     // What is to be cut up lies in the upper half of a chunk's place, and everything is asked for at once.
     const auto rawOf = [&](int octet) { return targetOf(octet) + bytes / 2 + octet % octetsOfChunk * 16; };
 #pragma unroll 1

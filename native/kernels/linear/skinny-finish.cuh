@@ -26,6 +26,7 @@ struct Finish {
   RowScale inner[2], outer[2], ofX[2];
   float bias[2] = {0.0f, 0.0f};
   float residual = 0.0f;
+  float2 angle = {0.0f, 0.0f};
 
   __device__ __forceinline__ void fetch(const SkinnyParams& p, int m, int n) {
     if (p.separable) ofX[0].fetch(p.x.scale[0], m);
@@ -33,10 +34,12 @@ struct Finish {
 #pragma unroll
     for (int part = 0; part < 2; part++) {
       if (part >= p.parts) continue;
-      if (p.promote != Promote::scaled && !p.fold) inner[part].fetch(p.weights[part].scale, n);
-      outer[part].fetch(p.weights[part].outer, n);
-      if (p.epilogue.bias[part] != nullptr) bias[part] = __ldg(p.epilogue.bias[part] + n);
+      const int row = p.rowOf(n, part);
+      if (p.promote != Promote::scaled && !p.fold) inner[part].fetch(p.weights[part].scale, row);
+      outer[part].fetch(p.weights[part].outer, row);
+      if (p.epilogue.bias[part] != nullptr) bias[part] = __ldg(p.epilogue.bias[part] + row);
     }
+    if (p.heads.shift >= 0) angle = p.heads.angle(n, p.symbols);
     if (p.epilogue.residual.at != nullptr) residual = p.epilogue.residual(m, n);
   }
   __device__ __forceinline__ void store(const SkinnyParams& p, int m, int n, const float (&y)[2]) const {
@@ -50,6 +53,10 @@ struct Finish {
       float scale = rowOfX * outer[part].value(p.weights[part].outer);
       if (p.promote != Promote::scaled && !p.fold) scale *= inner[part].value(p.weights[part].scale);
       finished[part] = y[part] * scale + bias[part];
+    }
+    if (p.heads.shift >= 0) {
+      p.heads.store(n, finished[0], finished[1], angle, p.symbols);
+      return;
     }
     float first = finished[0] + residual;
     if (p.epilogue.fn != Activation::none) first = activateCall(p.epilogue.fn, first);

@@ -8,6 +8,9 @@
 
 namespace fewbit::linear {
 
+/** Bytes of a tile of weights, of which a ring holds most. */
+constexpr int kShortTile = 64 * 1024;
+
 /** Shared memory of a block beside which the next kernel's finds room, and some for small kernels between the two. */
 inline size_t sharedForTwo(const Context& device) { return (device.sharedPerBlock - 1024) / 2 - 10 * 1024; }
 
@@ -29,7 +32,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const int mostSlices = std::max<int64_t>(1, std::min<int64_t>(scratchBytes / sliceBytes, 64));
   const int chunks = chunksOf<Codes>(p.k);
   const auto bytesWith = [&](int stages) { return sharedWith<Codes, Tiles, Mode>(p, stages); };
-  if (p.norm.row != nullptr && (rows != 1 || p.k > kMostNormed || p.parts3 != 1)) return cudaErrorInvalidValue;
+  if (p.heads.shift >= 0 && rows != 1) return cudaErrorInvalidValue;
   // All of K in one slice where x fits; then as few slices, and as few passes over the weights, as fit.
   int slices = 0, passes = 1;
   const int wanted = p.columnsOfX;
@@ -42,7 +45,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
         break;
       }
     }
-    if ((slices == 0 && p.columnsOfX == 1) || (slices > 1 && p.norm.row != nullptr)) return cudaErrorInvalidConfiguration;
+    if ((slices == 0 && p.columnsOfX == 1) || (slices > 1 && p.heads.shift >= 0)) return cudaErrorInvalidConfiguration;
   }
   // As many stages as leave room for a second block; where x is too large for that, as many as fit.
   const size_t half = (device.sharedPerBlock - 1024) / 2;
@@ -56,7 +59,9 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const int perTile = 16 / p.parts;
   const int tiles = (p.n + perTile - 1) / perTile;
   const int layers = (rows + p.columnsOfX - 1) / p.columnsOfX;
-  int blocks = device.sms * (shared <= sharedForTwo(device) ? 2 : 1);
+  // Two short tiles after each other leave the next kernel's block a place beside them, before they are done.
+  const bool shortTiles = tiles > device.sms && tiles <= 2 * device.sms && 16 * p.rowBytes <= kShortTile;
+  const int blocks = device.sms * (shared <= sharedForTwo(device) && !shortTiles ? 2 : 1);
   const dim3 grid(std::max(1, std::min(tiles, blocks / (slices * layers))), slices, layers);
   static size_t allowed[16] = {};  // per device: the attribute is set when a launch needs more than before
   size_t& allowedHere = allowed[device.device & 15];
@@ -170,7 +175,7 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
   }
   if constexpr (std::is_same_v<Codes, Int4Codes> || std::is_same_v<Codes, IntCodes<8>>) {
     p.columnsOfX = rows;
-    if (p.groups && p.promote != Promote::integer && inDigits(p)) {
+    if (p.promote != Promote::integer && inDigits(p)) {
       if constexpr (Codes::bits == 4) return chooseUnit<Int4Codes>(launch, p, scratchBytes);
       else return chooseUnit<AnyBytes>(launch, p, scratchBytes);
     }

@@ -1,6 +1,7 @@
 // What the skinny kernels are told, how they cut up K and shared memory, and the product they are made of.
 #pragma once
 #include "decode.cuh"
+#include "skinny-heads.cuh"
 
 namespace fewbit::linear {
 
@@ -20,13 +21,6 @@ struct SkinnyParams : WeightGroup {
   int columnsOfX = 1;      // rows of x that one block takes
   int parts3 = 3;          // bf16 parts of an element of x; with one of an x that is not separable, its inner scale is in it
   bool bytes = false;      // x's codes are signed bytes, without zero points
-  bool groups = false;     // integer codes with any scales may meet digits of x
-  /** x is one row, the rmsnorm of `row` times `weight` in bf16: `x` says its shape alone. */
-  struct {
-    const float* row = nullptr;
-    const float* weight = nullptr;
-    float eps = 0.0f;
-  } norm;
 
   int stages = 2;      // of the ring
   int inFlight = 2;    // stages of it that are on their way at a time: more would hold up x and what other kernels read
@@ -35,7 +29,14 @@ struct SkinnyParams : WeightGroup {
   float* partial = nullptr;  // [slices, rows of x (capacity), n (* parts)] when there are several
   int64_t partialRows = 0;
   Epilogue epilogue;
+  /** Where outputs go that are heads: `n` is then half of them, and both parts are one matrix. */
+  Heads heads;
   const uint32_t* symbols = nullptr;
+
+  /** The row of the weights, and of their scales, that makes output `n` of a part. */
+  __device__ __forceinline__ int rowOf(int n, int part) const {
+    return heads.shift < 0 ? n : n + (((n >> heads.shift) + part) << heads.shift);
+  }
 };
 
 /**
@@ -80,8 +81,6 @@ struct InDigits : Mode {
 struct InBytes : Plain {
   static constexpr bool bytes = true;
 };
-/** Elements of a row that is normed where it is multiplied (skinny-norm.cuh). */
-constexpr int kMostNormed = 8192;
 
 /** Warps that multiply. They share each tile's K: warp i takes the chunks i, i + kWorkers, ... */
 constexpr int kWorkers = 8;
@@ -165,7 +164,6 @@ constexpr int kMostStages = 8;
 struct SkinnyBarriers {
   uint64_t full[kMostStages], empty[kMostStages];
   uint64_t summed[2], stored[2];
-  float squares[kWorkers];  // sums of a row that is normed
 };
 
 /** Integers of a chunk that digits are summed with: eight a unit, its power, and its sum of x where scales are loaded. */

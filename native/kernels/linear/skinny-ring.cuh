@@ -112,7 +112,7 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
   // The matrix and the row in it that are row `row` of a tile.
   const auto sourceOf = [&](int tile, int row) {
     const int part = p.parts == 2 && row >= 8 ? 1 : 0;
-    return make_int2(min(tile * walk.perTile + row - 8 * part, p.n - 1), part);
+    return make_int2(p.rowOf(min(tile * walk.perTile + row - 8 * part, p.n - 1), part), part);
   };
   RingPlace place, arriving;
   int onTheirWay = 0;
@@ -121,9 +121,9 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < walk.tiles; tile += gridDim.x) {
     const bool whole = (tile + 1) * walk.perTile <= p.n;
-    const int64_t rowAt = int64_t(tile) * walk.perTile * p.rowBytes + sliceBytes;
-    const uint8_t* low = p.weights[0].codes + rowAt;
-    const uint8_t* high = p.parts == 2 ? p.weights[1].codes + rowAt : low + 8 * p.rowBytes;
+    const int n0 = tile * walk.perTile;
+    const uint8_t* low = p.weights[0].codes + p.rowOf(n0, 0) * p.rowBytes + sliceBytes;
+    const uint8_t* high = p.parts == 2 ? p.weights[1].codes + p.rowOf(n0, 1) * p.rowBytes + sliceBytes : low + 8 * p.rowBytes;
 #pragma unroll 1
     for (int s = 0; s < walk.stagesOfTile; s++) {
       uint64_t* full = &barriers.full[place.stage];

@@ -1,7 +1,6 @@
 // Codes of at most 8 significant bits multiply x in bf16: every format, every number of rows.
 #pragma once
 #include "skinny-any.cuh"
-#include "skinny-norm.cuh"
 #include "skinny-worker.cuh"
 
 namespace fewbit::linear {
@@ -72,20 +71,6 @@ struct TileSums {
   }
 };
 
-/** `stageX` of a row that is normed. */
-template <class Codes, class Mode>
-__device__ __forceinline__ void stageNormed(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, const Walk<Codes>& walk, int warp) {
-  const Octets<Codes> octets(walk, warp);
-  const SumsOfX<Codes, 1> sums = sumsOfX<Codes, 1, Mode>(p, shared, at);
-  normRow<Codes>(p, reinterpret_cast<SkinnyBarriers*>(shared)->squares, walk, warp, [&](int octet, const uint32_t (&words)[4]) {
-    Octet<Codes, 16> of;
-    of.raw[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    const float sum = of.store(nullptr, shared + at.x + octets.at(octet, 1), 0, octet < octets.count);
-    if (p.floatZero) sums.add(octets, octet, 0, sum);
-  });
-  __syncwarp();
-}
-
 /** Multiplies codes in bf16 (skinny.cuh). */
 template <class Codes, int Tiles, class Mode>
 __device__ __forceinline__ void multiplyStored(const Worker<Codes, Mode>& worker, int m0, int rows) {
@@ -95,8 +80,7 @@ __device__ __forceinline__ void multiplyStored(const Worker<Codes, Mode>& worker
   const Walk<Codes>& walk = worker.walk;
   uint8_t* shared = worker.shared;
   const int warp = worker.warp, lane = worker.lane;
-  if (Tiles == 1 && p.norm.row != nullptr) stageNormed<Codes, Mode>(p, shared, at, walk, warp);
-  else stageX<Codes, Tiles, Mode>(p, shared, at, walk, warp, m0, rows);
+  stageX<Codes, Tiles, Mode>(p, shared, at, walk, warp, m0, rows);
   const int g = lane / 4, t = lane % 4;
   const int columns = p.columnsOfX * p.parts3;
   const bool ends = Mode::fixed ? !Mode::scaled : p.promote == Promote::end;

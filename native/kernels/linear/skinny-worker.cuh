@@ -84,8 +84,7 @@ struct Worker {
       const int copy = turn % 2;
       if (turn >= 2) barrierAwait(&barriers.stored[copy], turn / 2 % 2 ^ 1);  // what was there two turns ago
       store(exchange + (copy * kWorkers + warp) * sheet);
-      __syncwarp();
-      if (lane == 0) barrierArrive(&barriers.summed[copy]);
+      barrierArrive(&barriers.summed[copy]);
     }
   }
 };

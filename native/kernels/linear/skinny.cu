@@ -8,21 +8,35 @@ cudaError_t launchCodes(const Launch& launch, SkinnyParams& p, int rows, uint64_
 
 namespace {
 
+void readHeads(Arguments& arguments, SkinnyParams& p) {
+  const int count = arguments.small();
+  if (count == 0) return;
+  p.heads.shift = arguments.small();
+  for (int i = 0; i < count && i < 3; i++) {
+    HeadRows& rows = p.heads.rows[i];
+    rows.heads = arguments.small();
+    rows.angles = reinterpret_cast<const float*>(arguments.buffer());
+    rows.angleSymbol = arguments.small();
+    rows.rounding = static_cast<Rounding>(arguments.small());
+    uint8_t* base = arguments.buffer();
+    rows.out = base + arguments.integer();
+    rows.cacheSymbol = arguments.small();
+    rows.keys = arguments.integer();
+  }
+  p.parts = 2;
+  p.n /= 2;
+  p.weights[1] = p.weights[0];
+  p.epilogue.bias[1] = p.epilogue.bias[0];
+}
+
 cudaError_t run(const Launch& launch) {
   SkinnyParams p;
   uint8_t* scratch = nullptr;
   uint64_t scratchBytes = 0;
   Arguments arguments(launch);
   readDecoded(launch, arguments, p, scratch, scratchBytes);
-  const int ways = arguments.small();
-  p.bytes = (ways & 1) != 0;
-  p.groups = (ways & 2) != 0;
-  p.norm.row = reinterpret_cast<const float*>(arguments.buffer());
-  if (p.norm.row != nullptr) {
-    p.norm.row += arguments.integer();
-    p.norm.weight = reinterpret_cast<const float*>(arguments.buffer());
-    p.norm.eps = arguments.real();
-  }
+  p.bytes = arguments.flag();
+  readHeads(arguments, p);
   if (arguments.broken()) return cudaErrorInvalidValue;
   p.partial = reinterpret_cast<float*>(scratch);
   const int rows = static_cast<int>(p.x.rows.at(launch.symbols));
@@ -36,6 +50,6 @@ cudaError_t run(const Launch& launch) {
 namespace fewbit {
 extern const Entry kLinearSkinnyEntries[];
 extern const size_t kLinearSkinnyEntryCount;
-const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 3, linear::run}};
+const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 4, linear::run}};
 const size_t kLinearSkinnyEntryCount = sizeof kLinearSkinnyEntries / sizeof *kLinearSkinnyEntries;
 }  // namespace fewbit

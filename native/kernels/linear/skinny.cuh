@@ -5,7 +5,8 @@
 // (one, when its own stored codes are exact in bf16): every product is exact, sums are float32, scales multiply partial sums.
 //
 // A row of bf16 by integer codes is multiplied in whole numbers instead (skinny-digits.cuh), one of signed bytes by such as it lies
-// (skinny-bytes.cuh). A row may also be made here, from one that is normed first (skinny-norm.cuh).
+// (skinny-bytes.cuh). Outputs that are heads are turned and
+// stored where attention reads them (skinny-heads.cuh).
 //
 // A block walks over tiles of 16 output features. One of its warps streams the weights into a ring of shared memory, across tiles and
 // before x is there. Eight warps share a tile's K and multiply; others add up what those found and store it, so that nobody waits for an
@@ -41,8 +42,8 @@ __global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 :
       barrierInit(&barriers.empty[i], kWorkers);
     }
     for (int i = 0; i < 2; i++) {
-      barrierInit(&barriers.summed[i], kWorkers);
-      barrierInit(&barriers.stored[i], kFinishers(Tiles));
+      barrierInit(&barriers.summed[i], kWorkers * 32);
+      barrierInit(&barriers.stored[i], kFinishers(Tiles) * 32);
     }
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -56,7 +57,6 @@ __global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 :
     fetchWeights<Codes, Tiles, Mode>(p, shared, at, walk);
     return;
   }
-  if (Tiles == 1 && p.norm.row != nullptr && warp < kWorkers) prefetchNorm<Codes>(p, walk, warp);
   awaitPredecessor();
   if (warp > kWorkers) {
     const int group = (warp - kWorkers - 1) / kFinishers(Tiles);  // which of two tiles, and of two copies of sums
@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 :
     for (int tile = blockIdx.x + group * gridDim.x; tile < walk.tiles; tile += 2 * gridDim.x, parity ^= 1) {
       storeSums<Tiles>(p, sheets, (warp - kWorkers - 1) % kFinishers(Tiles), m0, tile * walk.perTile, rows,
                        [&] { barrierAwait(&barriers.summed[group], parity); });
-      __syncwarp();
-      if (lane == 0) barrierArrive(&barriers.stored[group]);
+      barrierArrive(&barriers.stored[group]);
     }
     return;
   }

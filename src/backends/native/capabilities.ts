@@ -26,9 +26,6 @@ export const LOWEST = 80;
  */
 export const TRIALS = {
   blocks: "trial:blocks",
-  bytes: "trial:bytes",
-  groups: "trial:groups",
-  norms: "trial:norms",
 } as const;
 
 /** The features that a list of names, separated by commas, puts on trial. Unknown names are left out. */

@@ -175,23 +175,21 @@ function buildBucket(
       new BuildContext(new BoundStep(plan.graph, step, symbols), plan.memory, device.capabilities, plan.graph.symbols),
   );
   const built: Built[] = [];
-  let taken = -1; // the last step that took over the one before it: its dispatches are of both
+  let taken = -1; // the last step whose dispatches are those of the step before it
   for (const [step, context] of contexts.entries()) {
+    if (step === taken) continue;
     const kernel = choices[step]?.kernel as NativeKernel;
-    const before = step - 1 === taken ? undefined : contexts[step - 1];
-    const joined = (before && kernel.join && readsAlone(plan, step) && kernel.join(context, before)) || null;
-    if (joined !== null) {
-      taken = step;
-      while (built.at(-1)?.step === step - 1) built.pop();
-    }
+    const after = contexts[step + 1];
+    const joined = (after && kernel.join && goesOnAlone(plan, step) && kernel.join(context, after)) || null;
+    if (joined !== null) taken = step + 1;
     built.push(...(joined ?? kernel.build(context)).map((dispatch) => ({ step, dispatch })));
   }
   return built;
 }
 
-/** Whether nothing but a step reads what the one before it makes. */
-function readsAlone({ graph, steps }: Plan, step: number): boolean {
+/** Whether nothing but the step behind it reads what a step makes. */
+function goesOnAlone({ graph, steps }: Plan, step: number): boolean {
   const read = new Set(Object.values(graph.outputs));
-  for (const [i, { inputs }] of steps.entries()) if (i !== step) for (const id of inputs) read.add(id);
-  return steps[step - 1]?.outputs.every((id) => !read.has(id)) === true;
+  for (const [i, { inputs }] of steps.entries()) if (i !== step + 1) for (const id of inputs) read.add(id);
+  return steps[step]?.outputs.every((id) => !read.has(id)) === true;
 }

@@ -36,10 +36,10 @@ export interface NativeKernel extends KernelRow {
   readonly entries: readonly Entry[];
   build(context: BuildContext): NativeDispatch[];
   /**
-   * The dispatches of a step together with those of the step right before it, whose results nothing else reads; null when they do not go
+   * The dispatches of a step together with those of the step right behind it, which alone reads its results; null when they do not go
    * together. Values between the two are not stored.
    */
-  join?(context: BuildContext, before: BuildContext): NativeDispatch[] | null;
+  join?(context: BuildContext, after: BuildContext): NativeDispatch[] | null;
 }
 
 /** A step as a native kernel builds it: shapes and layouts as launch arguments. */

@@ -1,23 +1,21 @@
-import { codecBits } from "../../../formats/format.js";
+import { codecBits, type Format } from "../../../formats/format.js";
 import type { ValueId } from "../../../ir/graph.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import { linearStep } from "../../linear-step.js";
-import { TRIALS } from "../capabilities.js";
-import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, scratch } from "../kernel.js";
+import { type Stream, streams } from "../../rope-step.js";
+import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, scratch, value } from "../kernel.js";
 import { operand } from "./general-arguments.js";
-import { quantizeStep } from "./general-quantize.js";
-import { earlyObstacle } from "./general-rows.js";
 import { formatsOf, isSigned8, LinearArguments, partsOf, unscaled } from "./linear-arguments.js";
 import { decodedObstacle, promotion } from "./linear-decoded.js";
 import { needsSharedMemory } from "./sdpa-step.js";
 
-const SKINNY: Entry = { name: "linear/skinny", abi: 3 };
+const SKINNY: Entry = { name: "linear/skinny", abi: 4 };
 
 /** Rows of x from which on weights are read too often. */
 const MOST_ROWS = 32;
-/** Elements of a row that is normed where it is multiplied, as in skinny-params.cuh. */
-const MOST_NORMED = 8192;
+/** Kinds of heads that one dispatch has room for: queries, keys and values. */
+const MOST_STREAMS = 3;
 /** Columns of x, as bf16 numbers, that one pass over the weights takes. */
 const MOST_COLUMNS = 32;
 
@@ -49,48 +47,77 @@ function scratchBytes(bound: BoundStep): number {
   return 4 * (Math.ceil(bytes / SLICE_BYTES) + 1) * bound.outputRows * n * linearStep(bound).parts.length;
 }
 
-/** The rmsnorm that makes x, and the row that it norms. */
-interface NormedRow {
-  readonly row: ValueId;
-  readonly weight: ValueId;
-  readonly eps: number;
+/** How the entry stores heads: as float32, or as codes of 16 bits without scales, in the order of `Rounding` in operands.cuh; null: it cannot. */
+function roundingOf(format: Format | null): number | null {
+  if (format === null) return 0;
+  const at = ["bf16", "f16"].findIndex((codec) => unscaled(format, codec));
+  return at < 0 ? null : at + 1;
 }
 
-/** What the step before norms and rounds to bf16, when a linear of one row can do that itself: the row must still be there. */
-function normedRow(context: BuildContext, before: BuildContext): NormedRow | null {
-  const { bound, memory, device } = context;
-  if (!device.features.has(TRIALS.norms) || bound.outputRows !== 1 || before.bound.step.kind !== "quantize")
-    return null;
-  const { node, norm, operands } = quantizeStep(before.bound);
-  const { x, k } = linearStep(bound);
-  if (norm === undefined || node.outputs[0] !== x || node.attrs.dtype !== undefined) return null;
-  if (!unscaled(node.attrs.format, "bf16") || k % 8 !== 0 || k > MOST_NORMED) return null;
-  const { root, column } = before.placement(operands[0]);
-  const [, last] = memory.live.get(root) ?? [0, Number.POSITIVE_INFINITY];
-  if (column % 4 !== 0 || last < bound.step.id || earlyObstacle(before.bound, norm) !== null) return null;
-  return { row: operands[0], weight: norm.inputs[1] as ValueId, eps: norm.attrs.eps };
+/** Whether heads of `size` can be turned and stored where they are multiplied. */
+function storedAlone({ rope, hadamard, format, quantize, cache }: Stream, size: number): boolean {
+  const byHalves = rope === undefined || (rope.attrs.interleaved !== true && (rope.attrs.rotary ?? size) === size);
+  const inOneRun = cache === null || (cache.pages === undefined && !cache.rows.ring);
+  return !hadamard && byHalves && inOneRun && quantize?.attrs.dtype === undefined && roundingOf(format) !== null;
 }
 
-/** Ways that a row may take where the kernel finds that it can, as skinny.cu reads them. */
-const WAYS = { bytes: 1, groups: 2 } as const;
+/**
+ * The heads that the step behind makes of all outputs of a linear of one row, in the order of those; null when the linear cannot store them
+ * itself: then it takes a step of its own.
+ */
+function headsBehind(context: BuildContext, after: BuildContext): readonly Stream[] | null {
+  const { bound, memory } = context;
+  const { x, out, epilogue, rounds, parts } = linearStep(bound);
+  if (after.bound.step.kind !== "rope_kv" || bound.outputRows !== 1 || scratchBytes(bound) > 0) return null;
+  if (epilogue.kind !== "none" || rounds !== null || parts.length !== 1) return null;
+  const column = (id: ValueId) => context.placement(id).column;
+  const heads = [...streams(after.bound)].sort((a, b) => column(a.source) - column(b.source));
+  const size = context.lastExtent((heads[0] as Stream).source) / (heads[0] as Stream).heads;
+  if (heads.length > MOST_STREAMS || size < 16 || !Number.isInteger(Math.log2(size))) return null;
+  let end = 0;
+  for (const stream of heads) {
+    if (context.placement(stream.source).root !== context.placement(out).root || column(stream.source) !== end)
+      return null;
+    if (!storedAlone(stream, size)) return null;
+    // Rows of heads follow each other without a gap.
+    if (stream.format !== null && after.layout(stream.target).rowStride * 2 !== size) return null;
+    end += stream.heads * size;
+  }
+  // x is read while heads are stored.
+  const slot = memory.slotOf.get(context.placement(x).root);
+  const shared =
+    slot !== undefined && heads.some(({ target }) => memory.slotOf.get(after.placement(target).root) === slot);
+  return end === formatsOf(bound).n && !shared ? heads : null;
+}
 
-function dispatch(context: BuildContext, normed: NormedRow | null): NativeDispatch[] {
-  const { bound, device } = context;
-  const { x } = formatsOf(bound);
-  const bytes = device.features.has(TRIALS.bytes) && x !== null && isSigned8(x) ? WAYS.bytes : 0;
-  const groups = device.features.has(TRIALS.groups) ? WAYS.groups : 0;
+function dispatch(context: BuildContext, after: BuildContext | null, heads: readonly Stream[]): NativeDispatch[] {
+  const { bound } = context;
+  const { x, n } = formatsOf(bound);
   const written = new LinearArguments()
     .weightGroup(context)
     .activations(context)
     .epilogue(context)
     .int(...promotion(bound, chunkOf(bound)).args)
     .buffer(scratchBytes(bound) > 0 ? scratch : undefined)
-    .int(bytes | groups)
-    .buffer(normed === null ? undefined : operand(context, normed.row));
-  if (normed !== null)
-    written.int(context.strided(normed.row)[1]).buffer(operand(context, normed.weight)).real(normed.eps);
+    .int(x !== null && isSigned8(x), heads.length);
+  if (after !== null) {
+    const size = n / heads.reduce((sum, stream) => sum + stream.heads, 0);
+    written.int(Math.log2(size) - 1);
+    for (const stream of heads) {
+      const { rope, cache, target, format } = stream;
+      const angles = rope?.inputs[1];
+      written
+        .int(stream.heads)
+        .buffer(angles === undefined ? undefined : operand(after, angles))
+        .int(rope === undefined ? -1 : after.symbol(rope.attrs.position), roundingOf(format) as number)
+        .buffer(value(target))
+        .int(format === null ? after.strided(target)[1] * 4 : 0)
+        .int(cache === null ? -1 : after.symbol(cache.position), (cache?.rows.keys ?? 0) as number);
+    }
+  }
+  const label = after === null ? bound.describe() : `${bound.describe()} and ${after.bound.describe()}`;
   const { bindings, args } = written;
-  return [{ label: bound.describe(), entry: SKINNY, bindings, args }];
+  return [{ label, entry: SKINNY, bindings, args }];
 }
 
 export const SKINNY_KERNELS: readonly NativeKernel[] = [
@@ -103,10 +130,10 @@ export const SKINNY_KERNELS: readonly NativeKernel[] = [
     rowTile: 8,
     efficiency: { bandwidth: 0.75, compute: 0.06 },
     scratch: scratchBytes,
-    build: (context) => dispatch(context, null),
-    join: (context, before) => {
-      const row = normedRow(context, before);
-      return row === null ? null : dispatch(context, row);
+    build: (context) => dispatch(context, null, []),
+    join: (context, after) => {
+      const heads = headsBehind(context, after);
+      return heads === null ? null : dispatch(context, after, heads);
     },
   },
 ];
