@@ -164,6 +164,7 @@ cudaError_t runHopper(const Launch& launch) {
   product.x = carriesX ? p.xCarrier : p.x.at;
   product.strideX = carriesX ? int64_t{2} * p.columns : p.x.stride;
   product.strideW = carriesW ? int64_t(bytesW) * p.columns : p.rowBytes;
+  product.constant = !carriesW;
   const auto factors = [](const float* at) {
     Blocks blocks;
     blocks.at = reinterpret_cast<const uint8_t*>(at);

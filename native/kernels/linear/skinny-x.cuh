@@ -116,6 +116,36 @@ struct Octet {
   }
 };
 
+/** Rows of bf16, asked for at once where their codes' pairs will lie. */
+template <class Codes, int Tiles>
+__device__ __forceinline__ void stageBf16(const SkinnyParams& p, uint8_t* target, const SumsOfX<Codes, Tiles>& sums, const Walk<Codes>& walk,
+                                          const Octets<Codes>& octets, int m0, int rows) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int m = 0; m < p.columnsOfX; m++) {
+    const uint8_t* row = p.x.at + (m0 + m) * p.x.stride;
+#pragma unroll 1
+    for (int octet = lane; octet < octets.count; octet += 32) {
+      const int k = walk.begin + octets.k(octet);
+      copy16OrZeros(sharedAddress(target + octets.at(octet, p.columnsOfX) + m * 64), row + int64_t(k) * 2, m < rows && k < p.k);
+    }
+  }
+  copiesAwait();
+#pragma unroll 1
+  for (int m = 0; m < p.columnsOfX; m++) {
+#pragma unroll 1
+    for (int octet = lane; octet - lane < octets.count; octet += 32) {
+      uint8_t* at = target + octets.at(octet, p.columnsOfX) + m * 64;
+      const bool mine = octet < octets.count;
+      Octet<Codes, 16> of;
+      of.clear();
+      if (mine) of.load(at);
+      const float sum = of.store(nullptr, at, 0, mine);
+      if (p.floatZero) sums.add(octets, octet, m, sum);
+    }
+  }
+}
+
 /** x whose elements of `Width` bits can be loaded eight at a time; code 0 is 0. */
 template <class Codes, int Tiles, int Width>
 __device__ __forceinline__ void stageOctets(const SkinnyParams& p, uint8_t* target, const SumsOfX<Codes, Tiles>& sums,
@@ -202,7 +232,7 @@ __device__ __forceinline__ void stageX(const SkinnyParams& p, uint8_t* shared, c
   const bool aligned = ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % 8 == 0;
   const bool exact = aligned && p.parts3 == 1 && p.x.zero.codec == ScaleCodec::none;  // one bf16 an element, perhaps with its scale
   if (aligned && p.x.bits == 0) stageOctets<Codes, Tiles, 32>(p, target, sums, walk, octets, m0, rows);
-  else if (exact && p.separable && p.x.bits == 16 && !p.x.half) stageOctets<Codes, Tiles, 16>(p, target, sums, walk, octets, m0, rows);
+  else if (exact && p.separable && p.x.bits == 16 && !p.x.half) stageBf16<Codes, Tiles>(p, target, sums, walk, octets, m0, rows);
   else if (exact && p.x.bits == 8 && (p.separable || p.x.scale[0].k % 8 == 0)) stageOctets<Codes, Tiles, 8>(p, target, sums, walk, octets, m0, rows);
   else stageElements<Codes, Tiles>(p, target, sums, walk, octets, m0, rows);
   __syncwarp();

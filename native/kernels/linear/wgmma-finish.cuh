@@ -13,6 +13,7 @@ struct ProductParams {
   const uint32_t* symbols;
   int n, parts, steps;
   int cluster;
+  bool constant;  // W and its scales are read before the predecessor is complete
   bool vector;  // four neighbouring outputs can be stored at once
   bool direct;  // outputs are stored as threads hold their sums
   Blocks scaleX[2], scaleW[2][2];
@@ -56,26 +57,25 @@ template <bool Rounded>
 __device__ __forceinline__ void storeSixteen(const ProductParams& p, int m, int n, int rows, const float (&v)[2][4]) {
   const int t = threadIdx.x % 4;
   const Dense& out = p.epilogue.out;
+  // Neighbouring lanes exchange pairs, so that each has four columns side by side.
+  const bool even = t % 2 == 0;
+  const int column = n + t % 2 * 8 + t / 2 * 4;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = m + 8 * half;
+    const float *one = &v[0][2 * half], *two = &v[1][2 * half];
+    const bool inside = row < rows && column < p.n;
     if constexpr (Rounded) {
-      // Neighbouring lanes exchange pairs, so that each has four columns side by side.
-      const uint32_t first = codesOf(p.epilogue.rounding, v[0][2 * half], v[0][2 * half + 1]);
-      const uint32_t second = codesOf(p.epilogue.rounding, v[1][2 * half], v[1][2 * half + 1]);
-      const bool even = t % 2 == 0;
+      const uint32_t first = codesOf(p.epilogue.rounding, one[0], one[1]), second = codesOf(p.epilogue.rounding, two[0], two[1]);
       const uint32_t other = __shfl_xor_sync(~0u, even ? second : first, 1);
-      const int column = n + t % 2 * 8 + t / 2 * 4;
-      if (row < rows && column < p.n)
+      if (inside)
         *reinterpret_cast<uint2*>(reinterpret_cast<uint16_t*>(out.at) + row * out.stride + column) =
             even ? make_uint2(first, other) : make_uint2(other, second);
     } else {
-#pragma unroll
-      for (int group = 0; group < 2; group++) {
-        const int column = n + 8 * group + 2 * t;
-        if (row < rows && column < p.n)
-          *reinterpret_cast<float2*>(&out(row, column)) = make_float2(v[group][2 * half], v[group][2 * half + 1]);
-      }
+      const float low = __shfl_xor_sync(~0u, even ? two[0] : one[0], 1), high = __shfl_xor_sync(~0u, even ? two[1] : one[1], 1);
+      if (inside)
+        *reinterpret_cast<float4*>(&out(row, column)) =
+            even ? make_float4(one[0], one[1], low, high) : make_float4(low, high, two[0], two[1]);
     }
   }
 }

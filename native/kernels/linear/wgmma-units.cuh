@@ -5,9 +5,11 @@
 namespace fewbit::linear {
 
 #define FEWBIT_R8(a, b, c, d, e, f, g, h) "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
-#define FEWBIT_R64                                                                                     \
+#define FEWBIT_R32                                                                                     \
   FEWBIT_R8(0, 1, 2, 3, 4, 5, 6, 7) ", " FEWBIT_R8(8, 9, 10, 11, 12, 13, 14, 15) ", "                  \
-  FEWBIT_R8(16, 17, 18, 19, 20, 21, 22, 23) ", " FEWBIT_R8(24, 25, 26, 27, 28, 29, 30, 31) ", "        \
+  FEWBIT_R8(16, 17, 18, 19, 20, 21, 22, 23) ", " FEWBIT_R8(24, 25, 26, 27, 28, 29, 30, 31)
+#define FEWBIT_R64                                                                                     \
+  FEWBIT_R32 ", "                                                                                      \
   FEWBIT_R8(32, 33, 34, 35, 36, 37, 38, 39) ", " FEWBIT_R8(40, 41, 42, 43, 44, 45, 46, 47) ", "        \
   FEWBIT_R8(48, 49, 50, 51, 52, 53, 54, 55) ", " FEWBIT_R8(56, 57, 58, 59, 60, 61, 62, 63)
 #define FEWBIT_R128                                                                                    \
@@ -18,11 +20,10 @@ namespace fewbit::linear {
   FEWBIT_R8(112, 113, 114, 115, 116, 117, 118, 119) ", " FEWBIT_R8(120, 121, 122, 123, 124, 125, 126, 127)
 #define FEWBIT_W8(c, d, i) \
   c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
-#define FEWBIT_W64(c, d, i)                                                                                        \
-  FEWBIT_W8(c, d, i), FEWBIT_W8(c, d, i + 8), FEWBIT_W8(c, d, i + 16), FEWBIT_W8(c, d, i + 24), FEWBIT_W8(c, d, i + 32), \
-      FEWBIT_W8(c, d, i + 40), FEWBIT_W8(c, d, i + 48), FEWBIT_W8(c, d, i + 56)
+#define FEWBIT_W32(c, d, i) FEWBIT_W8(c, d, i), FEWBIT_W8(c, d, i + 8), FEWBIT_W8(c, d, i + 16), FEWBIT_W8(c, d, i + 24)
+#define FEWBIT_W64(c, d, i) FEWBIT_W32(c, d, i), FEWBIT_W32(c, d, i + 32)
 
-/** A unit: its accumulators' type, bytes of an element, and its product for N = 256 and 128. */
+/** A unit: its accumulators' type, bytes of an element, and its product for N = 256, 128 and 64. */
 #define FEWBIT_UNIT(Name, Accumulator, constraint, bytes, k, types, flags)                                             \
   struct Name {                                                                                                        \
     using Value = Accumulator;                                                                                         \
@@ -37,6 +38,12 @@ namespace fewbit::linear {
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128" k types            \
                    " {" FEWBIT_R64 "}, %64, %65, p" flags ";\n}"                                                       \
                    : FEWBIT_W64(constraint, d, 0)                                                                      \
+                   : "l"(a), "l"(b), "r"(add));                                                                        \
+    }                                                                                                                  \
+    __device__ __forceinline__ static void product(Accumulator (&d)[32], uint64_t a, uint64_t b, int add) {            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64" k types             \
+                   " {" FEWBIT_R32 "}, %32, %33, p" flags ";\n}"                                                       \
+                   : FEWBIT_W32(constraint, d, 0)                                                                      \
                    : "l"(a), "l"(b), "r"(add));                                                                        \
     }                                                                                                                  \
   };

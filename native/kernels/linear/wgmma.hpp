@@ -11,6 +11,7 @@ struct Product {
   const void* x = nullptr;
   const void* w[2] = {nullptr, nullptr};  // one matrix, or [gate, up]
   int64_t strideX = 0, strideW = 0;       // bytes
+  bool constant = false;                  // W and its scales: no kernel of the program writes them
   int parts = 1;
   int n = 0, k = 0;
   Extent rows;

@@ -78,6 +78,9 @@ struct Divisor {
   }
 };
 
+// A call: few divisors are not ordinary.
+__device__ __noinline__ static float4 quotients(float4 x, float a) { return make_float4(div(x.x, a), div(x.y, a), div(x.z, a), div(x.w, a)); }
+
 /** Four codes, the first one lowest. A NaN of `x` is as the rule has it. */
 template <Coder CODER>
 __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, float b) {
@@ -92,25 +95,25 @@ __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, fl
   if (CODER == Coder::e4m3 || CODER == Coder::floats) {
     const bool divides = rule.kind == RuleKind::amax;
     const Divisor divisor(a, rule.top);
-    // What the conversion to e4m3 cuts by itself is not cut before.
-    const auto scaled = [&](float value) {
-      if (!divides) return mul(value, a);
-      return divisor.ordinary ? divisor.under(value) : div(value, a);
-    };
+    float4 scaled;
+    if (divides && divisor.ordinary) scaled = make_float4(divisor.under(x.x), divisor.under(x.y), divisor.under(x.z), divisor.under(x.w));
+    else if (divides) scaled = quotients(x, a);
+    else scaled = make_float4(mul(x.x, a), mul(x.y, a), mul(x.z, a), mul(x.w, a));
 #if __CUDA_ARCH__ >= 890
+    // What the conversion to e4m3 cuts by itself is not cut before.
     if (CODER == Coder::e4m3) {
       const auto pair = [](float low, float high) -> u32 {
         return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
       };
-      return pair(scaled(x.x), scaled(x.y)) | pair(scaled(x.z), scaled(x.w)) << 16;
+      return pair(scaled.x, scaled.y) | pair(scaled.z, scaled.w) << 16;
     }
 #endif
     Codec codec = rule.element;
     codec.kind = CodecKind::real;
     const int bits = codec.bits;
-    const auto coded = [&](float value) { return codec.encode(rule.cut(scaled(value))); };
-    const u32 low = coded(x.x) | coded(x.y) << bits;
-    const u32 high = coded(x.z) | coded(x.w) << bits;
+    const auto coded = [&](float value) { return codec.encode(rule.cut(value)); };
+    const u32 low = coded(scaled.x) | coded(scaled.y) << bits;
+    const u32 high = coded(scaled.z) | coded(scaled.w) << bits;
     return low | static_cast<u64>(high) << 2 * bits;
   }
   if (CODER == Coder::integers) {

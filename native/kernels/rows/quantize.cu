@@ -15,12 +15,14 @@ enum class Grain : int {
 
 __device__ __forceinline__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
 
+__device__ __forceinline__ float4 relu(float4 x) {
+  const auto one = [](float value) { return value < 0.0f ? 0.0f : value; };
+  return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));
+}
+
 /** What the fused ops before the quantize make of four elements. */
 __device__ __forceinline__ float4 activate(const Input& in, float4 x) {
-  if (in.fn == Unary::relu) {
-    const auto relu = [](float value) { return value < 0.0f ? 0.0f : value; };
-    return make_float4(relu(x.x), relu(x.y), relu(x.z), relu(x.w));
-  }
+  if (in.fn == Unary::relu) return relu(x);
   return make_float4(apply(in.fn, x.x, in.cap), apply(in.fn, x.y, in.cap), apply(in.fn, x.z, in.cap), apply(in.fn, x.w, in.cap));
 }
 
@@ -64,6 +66,22 @@ __device__ __forceinline__ void chooseBlocks(const QuantizeJob& job, const Place
       parameters[start + i] = make_float2(__shfl_sync(kAll, chosen.a, from), __shfl_sync(kAll, chosen.b, from));
     }
   }
+}
+
+/** The extremes of a row of which a thread has `x`, for every thread of its team. `shared` is used once. */
+template <int FOURS>
+__device__ __forceinline__ Keys keysOf(const float4 (&x)[FOURS], const Place& place, Keys* shared) {
+  Range range;
+#pragma unroll
+  for (int i = 0; i < FOURS; i++)
+    if (place.holds(i)) range.add(x[i]);
+  return teamKeys(range.keys(), place, shared);
+}
+
+/** What is left of a row's last sixteen bytes is zeros. */
+__device__ __forceinline__ void endRow(u32* out, const QuantizeJob& job, int bits, const Place& place) {
+  std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(out);
+  for (int at = job.k / 4 * bits / 2 + place.lane; at < job.rowStride * 4; at += place.lanes) bytes[at] = 0;
 }
 
 /** What the threads of a row, or the blocks of a cluster, tell each other to norm it. */
@@ -118,15 +136,6 @@ struct Values {
       }
     }
   }
-
-  /** The extremes of the row, for every thread of its team. `shared` is used once. */
-  __device__ __forceinline__ Keys keys(const Place& place, Keys* shared) const {
-    Range range;
-#pragma unroll
-    for (int i = 0; i < FOURS; i++)
-      if (place.holds(i)) range.add(x[i]);
-    return teamKeys(range.keys(), place, shared);
-  }
 };
 
 /** The extremes of each row, to scratch, as the general kernel leaves them where a block spans all rows. */
@@ -143,7 +152,7 @@ __global__ void __launch_bounds__(kMostThreads) extremes(const __grid_constant__
   awaitPredecessor();
   if (!inside) return;
   values.make(job.in, place, share, aligned, sums);
-  const Keys all = values.keys(place, found);
+  const Keys all = keysOf(values.x, place, found);
   if (place.lane == 0) {
     job.scratch[2 * place.row] = all.low;
     job.scratch[2 * place.row + 1] = all.high;
@@ -191,7 +200,7 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
   if (kScaled && grain == Grain::row) {
     Keys all;
     if (job.given == nullptr) {
-      all = values.keys(place, found);
+      all = keysOf(x, place, found);
       if (share.cluster > 1) {
         if (threadIdx.x < kCluster) {
           tell(&foundByBlocks[blockIdx.y].low, threadIdx.x, all.low);
@@ -224,11 +233,46 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
 #pragma unroll kUnroll
   for (int i = 0; i < FOURS; i++)
     if (place.holds(i)) storeCodes(out, place.element(i) / 4, bits, fourCodes<CODER>(job.rule, x[i], parameters[i].x, parameters[i].y));
-  // What is left of a row's last sixteen bytes is zeros.
-  if (place.first + share.width >= job.k) {
-    std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(out);
-    for (int at = job.k / 4 * bits / 2 + place.lane; at < job.rowStride * 4; at += place.lanes) bytes[at] = 0;
+  if (place.first + share.width >= job.k) endRow(out, job, bits, place);
+}
+
+/** What most activations are: rows with one scale each that is chosen here, of values as they lie or behind relu. */
+bool isCommon(const QuantizeJob& job, Grain grain, const Share& share, bool aligned) {
+  const InputKind kind = job.in.kind;
+  if (coderOf(job.rule) == Coder::e4m3 && job.rule.kind != RuleKind::amax) return false;
+  return grain == Grain::row && job.given == nullptr && job.height == 1 && job.rule.outerKind != 1 && share.cluster == 1 && aligned &&
+         (kind == InputKind::plain || (kind == InputKind::unary && job.in.fn == Unary::relu));
+}
+
+/** `quantize` of those alone: a multiprocessor has a handful of such rows, and the rest of that code would be most of their time. */
+template <Coder CODER, int FOURS>
+__global__ void __launch_bounds__(kMostThreads) quantizeCommon(const __grid_constant__ QuantizeJob job, const __grid_constant__ Share share,
+                                                               const u32* symbols) {
+  __shared__ Keys found[32];
+  if (CODER == Coder::e4m3) __builtin_assume(job.rule.kind == RuleKind::amax);
+  releaseSuccessor();
+  const Place place(share, job.k);
+  touch(job.rule);
+  const bool inside = place.row < job.rows.at(symbols);
+  awaitPredecessor();
+  if (!inside) return;
+  const float* row = job.in.a + job.in.aAt.at(place.row, 0);
+  float4 x[FOURS];
+#pragma unroll
+  for (int i = 0; i < FOURS; i++) x[i] = place.holds(i) ? loadFour(row + place.element(i), true) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (job.in.kind == InputKind::unary) {
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) x[i] = relu(x[i]);
   }
+  const Keys all = keysOf(x, place, found);
+  const Chosen chosen = CODER == Coder::e4m3 ? job.rule.chooseAmax(all.lo(), all.hi(), nullptr) : chosenOf(job, place.row, all, 1.0f);
+  if (place.lane == 0) job.store(place.row, chosen);
+  u32* out = job.out + place.row * job.rowStride;
+  const int bits = CODER == Coder::e4m3 ? 8 : job.rule.element.bits;
+#pragma unroll
+  for (int i = 0; i < FOURS; i++)
+    if (place.holds(i)) storeCodes(out, place.four(i), bits, fourCodes<CODER>(job.rule, x[i], chosen.a, chosen.b));
+  endRow(out, job, bits, place);
 }
 
 bool inFours(const Input& in) { return general::inFours(in.aAt) && (in.b == nullptr || general::inFours(in.bAt)); }
@@ -243,6 +287,11 @@ cudaError_t start(const Launch& launch, const QuantizeJob& job) {
   // For the scale of a tensor a row is normed as `extremes` did: in one block.
   const Share share = shareRows(rows, job.k, whole, *launch.context, grain == Grain::none || grain == Grain::row);
   return withFours(share.fours, [&](auto fours) {
+    if constexpr ((CODER == Coder::e4m3 || CODER == Coder::integers) && fours.value > 1) {
+      if (isCommon(job, grain, share, aligned))
+        return launchOverlapped(launch, quantizeCommon<CODER, fours.value>, share.grid(rows), share.threads, 0, job, share,
+                                launch.deviceSymbols);
+    }
     return launchClusters(launch, quantize<CODER, fours.value>, share.grid(rows), dim3(1, share.cluster), share.threads, 0, job, share,
                           grain, aligned, launch.deviceSymbols);
   });
