@@ -1,4 +1,5 @@
 import { describe, expect, test } from "vitest";
+import { buildBucket } from "../../src/backends/native/bucket.js";
 import { codeFor, cudaCapabilities, H100, TRIALS, trialFeatures } from "../../src/backends/native/capabilities.js";
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
@@ -272,6 +273,8 @@ describe("linear on CUDA", () => {
       readonly size?: number;
       readonly k?: number;
       readonly x?: Format;
+      /** A later step reads the values that the linear makes. */
+      readonly shown?: boolean;
     }
     const [HEADS, KV_HEADS, KEYS] = [4, 2, 40];
     /** x -> q, k, v -> rope, caches: the plan, and the dispatches that the linear makes of its step and the one behind it. */
@@ -304,13 +307,17 @@ describe("linear on CUDA", () => {
       );
       g.output("keys", written("keys", turned(key, KV_HEADS, "rope.k")));
       g.output("values", written("values", value));
+      if (layer.shown) g.output("shown", g.one("unary", [value], { fn: "relu" }, "relu"));
       const made = makePlan(g.build(), { kernels: [...kernels, ...ROWS_KERNELS], capabilities: hopper });
       const contexts = made.steps.map(
         (step) => new BuildContext(new BoundStep(made.graph, step, { P: 30 }), made.memory, hopper, { P: 30 }),
       );
       const at = made.steps.findIndex(({ kind }) => kind === "linear");
       expect(made.steps[at + 1]?.kind).toBe("rope_kv");
-      return { made, dispatches: join?.(contexts[at] as BuildContext, contexts[at + 1] as BuildContext) ?? null };
+      const { choices, symbols } = made.buckets[0] as (typeof made.buckets)[number];
+      const built = buildBucket(made, symbols, choices as Choice<NativeKernel>[], hopper);
+      const dispatches = join?.(contexts[at] as BuildContext, contexts[at + 1] as BuildContext) ?? null;
+      return { made, dispatches, entries: built.map(({ dispatch }) => dispatch.entry.name) };
     }
 
     test("go where attention reads them: turned queries, then keys and values in their caches", () => {
@@ -327,6 +334,12 @@ describe("linear on CUDA", () => {
         { heads: KV_HEADS, angles, position, ...bf16, out: named("keys"), cache: 0, keys: KEYS },
         { heads: KV_HEADS, angles: undefined, position: -1, ...bf16, out: named("values"), cache: 0, keys: KEYS },
       ]);
+    });
+
+    test("take one launch, and their own where something else reads what the linear makes", () => {
+      expect(joined({}).entries).toEqual(["rows/quantize", "linear/skinny"]);
+      expect(joined({ shown: true }).entries.slice(1, 3)).toEqual(["linear/skinny", "rows/rope_kv"]);
+      expect(joined({ ring: true }).entries).toEqual(["rows/quantize", "linear/skinny", "rows/rope_kv"]);
     });
 
     test("may be float32 queries and caches of f16", () => {

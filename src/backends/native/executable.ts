@@ -4,19 +4,12 @@ import type { Symbols } from "../../ir/evaluate.js";
 import type { Graph } from "../../ir/graph.js";
 import type { HostTensor } from "../../ir/tensor.js";
 import { bucketFor, type Plan } from "../../plan/plan.js";
-import { BoundStep } from "../../plan/step.js";
 import { type Executable, GUARD_WORD, type LoadOptions, type WeightSource } from "../backend.js";
 import { decodeRead, encodeWrite, partlyUsedOutputs } from "../transfer.js";
 import { loadWeights, type Source as SharedSource } from "../weights.js";
+import { type Built, buildBucket } from "./bucket.js";
 import { ProgramBuffers } from "./buffers.js";
 import type { CudaDevice } from "./device.js";
-import { BuildContext, type NativeDispatch, type NativeKernel } from "./kernel.js";
-
-/** The dispatches of one bucket, with the step that each belongs to. */
-interface Built {
-  readonly step: number;
-  readonly dispatch: NativeDispatch;
-}
 
 /** A plan on a CUDA device: launches laid down once, replayed as one graph where a bucket allows it. */
 export class NativeExecutable implements Executable {
@@ -40,7 +33,9 @@ export class NativeExecutable implements Executable {
     this.#plan = plan;
     this.graph = plan.graph;
     this.#words = new Uint32Array(Object.keys(plan.graph.symbols).length);
-    this.#buckets = plan.buckets.map(({ symbols, choices }) => buildBucket(plan, symbols, choices, device));
+    this.#buckets = plan.buckets.map(({ symbols, choices }) =>
+      buildBucket(plan, symbols, choices, device.capabilities),
+    );
     this.#buffers = new ProgramBuffers(device, scope, plan, options.guard ?? false);
   }
 
@@ -162,34 +157,4 @@ export class NativeExecutable implements Executable {
     for (const [i, name] of Object.keys(this.graph.symbols).entries()) this.#words[i] = symbols[name] as number;
     return this.#words;
   }
-}
-
-function buildBucket(
-  plan: Plan,
-  symbols: Symbols,
-  choices: Plan["buckets"][number]["choices"],
-  device: CudaDevice,
-): Built[] {
-  const contexts = plan.steps.map(
-    (step) =>
-      new BuildContext(new BoundStep(plan.graph, step, symbols), plan.memory, device.capabilities, plan.graph.symbols),
-  );
-  const built: Built[] = [];
-  let taken = -1; // the last step whose dispatches are those of the step before it
-  for (const [step, context] of contexts.entries()) {
-    if (step === taken) continue;
-    const kernel = choices[step]?.kernel as NativeKernel;
-    const after = contexts[step + 1];
-    const joined = (after && kernel.join && goesOnAlone(plan, step) && kernel.join(context, after)) || null;
-    if (joined !== null) taken = step + 1;
-    built.push(...(joined ?? kernel.build(context)).map((dispatch) => ({ step, dispatch })));
-  }
-  return built;
-}
-
-/** Whether nothing but the step behind it reads what a step makes. */
-function goesOnAlone({ graph, steps }: Plan, step: number): boolean {
-  const read = new Set(Object.values(graph.outputs));
-  for (const [i, { inputs }] of steps.entries()) if (i !== step + 1) for (const id of inputs) read.add(id);
-  return steps[step]?.outputs.every((id) => !read.has(id)) === true;
 }
