@@ -273,7 +273,7 @@ describe("linear on CUDA", () => {
       readonly size?: number;
       readonly k?: number;
       readonly x?: Format;
-      /** A later step reads the values that the linear makes. */
+      /** A later step reads the queries as the linear makes them. */
       readonly shown?: boolean;
     }
     const [HEADS, KV_HEADS, KEYS] = [4, 2, 40];
@@ -307,7 +307,10 @@ describe("linear on CUDA", () => {
       );
       g.output("keys", written("keys", turned(key, KV_HEADS, "rope.k")));
       g.output("values", written("values", value));
-      if (layer.shown) g.output("shown", g.one("unary", [value], { fn: "relu" }, "relu"));
+      if (layer.shown) {
+        const norm = g.weight("norm", dense("f32", [HEADS * size]));
+        g.output("shown", g.one("rmsnorm", [q, norm], { eps: 1e-5 }, "shown"));
+      }
       const made = makePlan(g.build(), { kernels: [...kernels, ...ROWS_KERNELS], capabilities: hopper });
       const contexts = made.steps.map(
         (step) => new BuildContext(new BoundStep(made.graph, step, { P: 30 }), made.memory, hopper, { P: 30 }),
