@@ -5,6 +5,8 @@ import { clock, graphBuilder, run } from "./program.mjs";
 import { randomDense, randomTensor } from "./random.mjs";
 
 const ROTATED = 160 * 2 ** 20;
+/** Attentions that a run holds at least: a token has one in each layer, and one alone would be timed with its submission. */
+const LAYERS = 4;
 
 /** Probabilities that meet values in bf16: declared, as everything that rounds. */
 export const BF16_PROBABILITIES = { codec: CODECS.bf16, scale: 1 };
@@ -67,7 +69,7 @@ async function decode(session, about, { heads, kvHeads, size }) {
   const format = kvFormat(kv);
   const shape = [kvHeads, context, size];
   const bytes = 2 * storedLayout(format, [kvHeads * context, size]).bytes;
-  const copies = session.small ? 2 : Math.min(32, Math.max(1, Math.ceil(ROTATED / bytes)));
+  const copies = session.small ? 2 : Math.min(32, Math.max(LAYERS, Math.ceil(ROTATED / bytes)));
   const g = graphBuilder({ T: 1, past: context });
   const q = g.operand("q", null, ["T", heads * size]);
   const attrs = { heads, kvHeads, scale: 1 / Math.sqrt(size), causal: true, position: "past" };
