@@ -92,7 +92,7 @@ function parse({ args, bindings, entry }: NativeDispatch) {
   skip(rest.length);
   const scratch = buffer();
   const skinny = entry.name === "linear/skinny";
-  const bytes = skinny && take() === 1;
+  const alike = skinny && take() === 1;
   const count = skinny ? take() : 0;
   const half = count > 0 ? 2 ** take() : 0;
   const heads = Array.from({ length: count }, () => ({
@@ -121,7 +121,7 @@ function parse({ args, bindings, entry }: NativeDispatch) {
     biases,
     rest,
     scratch,
-    bytes,
+    alike,
     half,
     heads,
   };
@@ -250,15 +250,14 @@ describe("linear on CUDA", () => {
     },
   );
 
-  test("codes of x are multiplied as they lie where both are signed bytes", () => {
-    const bytes = (x: Format) => parse(dispatchOf(plan({ weight: FORMATS.int8, x }))).bytes;
+  test("codes of x are multiplied as they lie where they are of the weight's codec, without zero points", () => {
+    const alike = (weight: Format, x: Format) => parse(dispatchOf(plan({ weight, x }))).alike;
     const rows = (format: Format) => withScale(format, { block: [1, "all"] });
-    expect(bytes(rows(FORMATS.int8))).toBe(true);
-    expect([rows(FORMATS.int8_asymmetric), rows(FORMATS.float8_e4m3), FORMATS.bf16].map(bytes)).toEqual([
-      false,
-      false,
-      false,
-    ]);
+    const [int8, e4m3] = [rows(FORMATS.int8), rows(FORMATS.float8_e4m3)];
+    expect(alike(FORMATS.int8, int8)).toBe(true);
+    expect(alike(FORMATS.float8_e4m3, e4m3)).toBe(true);
+    expect(alike(FORMATS.float8_e4m3, int8)).toBe(false);
+    for (const x of [rows(FORMATS.int8_asymmetric), e4m3, FORMATS.bf16]) expect(alike(FORMATS.int8, x)).toBe(false);
   });
 
   describe("heads that one row's linear stores itself", () => {

@@ -187,13 +187,13 @@ describe("an executable over the addon's interface", () => {
   });
 
   test.each([true, false])(
-    "a kernel that takes over the step before it launches once, read elsewhere: %s",
+    "a kernel that takes over the step behind its own launches once, read elsewhere: %s",
     async (read) => {
       const joining: NativeKernel = {
         ...RELU,
-        join: (context, before) => {
-          const [dispatch] = RELU.build(context) as [NativeDispatch];
-          const bindings = [value(before.bound.step.inputs[0] as ValueId), ...dispatch.bindings.slice(1)];
+        join: (context, after) => {
+          const [dispatch] = RELU.build(after) as [NativeDispatch];
+          const bindings = [value(context.bound.step.inputs[0] as ValueId), ...dispatch.bindings.slice(1)];
           return [{ ...dispatch, bindings }];
         },
       };

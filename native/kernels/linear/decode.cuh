@@ -157,6 +157,12 @@ struct Int4Codes : Interleaved {
   }
 };
 
+/** Two of the four codes of e4m3 in a word as f16; the conversion takes either half of a register, which a shift would hide. */
+__device__ __forceinline__ __half2 halvesOfE4m3(uint32_t word, int pair) {
+  const ushort2 two = reinterpret_cast<const ushort2&>(word);
+  return __half2(__nv_cvt_fp8x2_to_halfraw2(pair == 0 ? two.x : two.y, __NV_E4M3));
+}
+
 struct E4m3Codes : Natural {
   static constexpr int bits = 8, spread = 32, inFlight = 1;
   __device__ __forceinline__ static void decode(const uint8_t* row, int at, const Element&, float, uint32_t (&out)[4]) {
@@ -164,9 +170,22 @@ struct E4m3Codes : Natural {
     loadField<8>(row, at, field);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const __nv_fp8x2_storage_t two = static_cast<__nv_fp8x2_storage_t>(field[i / 2] >> (16 * (i % 2)));
-      const float2 values = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
+      const float2 values = __half22float2(halvesOfE4m3(field[i / 2], i % 2));
       out[i] = packHigh(values.x, values.y);
+    }
+  }
+};
+/** The same, for products in f16. */
+struct E4m3Halves : E4m3Codes {
+  static constexpr int spread = 64, inFlight = 2;
+  /** Sixteen codes as pairs of f16, from what lies at `at`. */
+  __device__ __forceinline__ static void halves(const uint8_t* at, uint32_t (&out)[8]) {
+    const uint4 four = *reinterpret_cast<const uint4*>(at);
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const __half2 pair = halvesOfE4m3(words[i / 2], i % 2);
+      out[i] = reinterpret_cast<const uint32_t&>(pair);
     }
   }
 };

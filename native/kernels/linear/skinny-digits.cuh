@@ -50,15 +50,10 @@ struct Digits {
                                                const Walk<Codes>& walk, int warp, int m) {
     const int lane = threadIdx.x % 32;
     const Octets<Codes> octets(walk, warp);
-    const uint8_t* row = p.x.at + m * p.x.stride;
     const auto targetOf = [&](int octet) { return shared + at.x + octets.chunk(octet) * bytes; };
     // What is to be cut up lies in the upper half of a chunk's place, and everything is asked for at once.
     const auto rawOf = [&](int octet) { return targetOf(octet) + bytes / 2 + octet % octetsOfChunk * 16; };
-#pragma unroll 1
-    for (int octet = lane; octet < octets.count; octet += 32) {
-      const int k = walk.begin + octets.k(octet);
-      copy16OrZeros(sharedAddress(rawOf(octet)), row + int64_t(k) * 2, k < p.k);
-    }
+    copyOctets(walk, octets, p.x.at + m * p.x.stride, p.k, rawOf);
     copiesAwait();
 #pragma unroll 1
     for (int octet = lane; octet - lane < octets.count; octet += 32) {
@@ -74,20 +69,10 @@ struct Digits {
   __device__ __forceinline__ static void stageOctet(const SkinnyParams& p, uint8_t* shared, const SkinnyShared& at, int chunk,
                                                     int inChunk, const uint32_t (&words)[4], uint8_t* target, bool mine) {
     const auto valueOf = [&](int j) { return __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u); };
-    uint32_t largest = 0, least = ~0u;  // least of those that are not zero, less 1
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const uint32_t magnitudes = words[j] & 0x7fff7fffu;
-      largest = __vmaxu2(largest, magnitudes);
-      least = __vminu2(least, __vsub2(magnitudes, 0x00010001u));
-    }
-#pragma unroll
-    for (int apart = octetsOfUnit / 2; apart > 0; apart /= 2) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, apart));
-    largest = max(largest & 0xffffu, largest >> 16);
+    const Exponents of = exponentsOf<octetsOfUnit>(words);
     // The powers of two are normal numbers for these exponents.
-    const int exponent = min(max(static_cast<int>(largest >> 7), 32), 253);
-    const bool fits = largest == 0 || (static_cast<int>(largest >> 7) == exponent &&
-                                       static_cast<int>((min(least & 0xffffu, least >> 16) + 1) >> 7) >= exponent - 22);
+    const int exponent = min(max(of.largest, 32), 253);
+    const bool fits = of.least > 255 || (of.largest == exponent && of.least >= exponent - 22);  // only zeros always do
     const float up = __int_as_float((283 - exponent) << 23);  // the largest is below 2^30
     const float power = __int_as_float((exponent - 5) << 23);
     uint32_t digits[8];
@@ -99,8 +84,7 @@ struct Digits {
     uint32_t halves[2][4];
     transposeBytes({digits[place(0)], digits[place(1)], digits[place(2)], digits[place(3)]}, halves[0]);
     transposeBytes({digits[place(4)], digits[place(5)], digits[place(6)], digits[place(7)]}, halves[1]);
-    const uint32_t lanesOfChunk = (~0u >> (32 - octetsOfChunk)) << (threadIdx.x % 32 / octetsOfChunk * octetsOfChunk);
-    const bool whole = (__ballot_sync(~0u, !fits) & lanesOfChunk) == 0;  // the chunk fits
+    const bool whole = allOfChunk<Codes>(fits);
 
     int sums[kDigits] = {0, 0, 0, 0};  // of a unit's digits, below 2^15
     float sum = 0.0f;
@@ -117,7 +101,7 @@ struct Digits {
 #pragma unroll
         for (int j = 0; j < 8; j++) stored += valueOf(j);
 #pragma unroll
-        for (int apart = octetsOfUnit / 2; apart > 0; apart /= 2) stored += __shfl_xor_sync(lanesOfChunk, stored, apart);
+        for (int apart = octetsOfUnit / 2; apart > 0; apart /= 2) stored += __shfl_xor_sync(lanesOfChunk<Codes>(), stored, apart);
         sum = stored;
       }
     }
@@ -256,16 +240,7 @@ struct Digits {
     Element element = p.element;
     if constexpr (!Mode::loads) element.zeros = false;
     sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-#pragma unroll 1
-    for (int segment = u * (unit / 32); segment < (u + 1) * (unit / 32); segment++) {
-      uint32_t low[4], high[4];
-      Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, zero[0], low);
-      Codes::decode(codes + 8 * C::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, zero[1], high);
-      uint4 b = make_uint4(0, 0, 0, 0);
-      if (g == kDigits - 1) b = *reinterpret_cast<const uint4*>(x + segment * 64 + t * 16);
-      multiply16x8x16(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
-      multiply16x8x16(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
-    }
+    multiplySegments<Codes>(element, zero, codes, x, u * (unit / 32), (u + 1) * (unit / 32), g == kDigits - 1, t, sum);
   }
   /** Copies what a tile ends with for the finishers. */
   __device__ __forceinline__ void store(float* sheet, int lane) const {

@@ -7,10 +7,6 @@ namespace fewbit::linear {
 // Called by the warps that finish: kept out of line, because instructions that do not fit the cache are slower than calls.
 static __device__ __noinline__ float decodeCall(ScaleCodec codec, uint32_t bits) { return decodeScale(codec, bits); }
 static __device__ __noinline__ float activateCall(Activation fn, float x) { return activate(fn, x); }
-static __device__ __noinline__ float2 angleCall(const Heads& heads, int n, const uint32_t* symbols) { return heads.angle(n, symbols); }
-static __device__ __noinline__ void storeHeads(const Heads& heads, int n, const float (&pair)[2], float2 angle, const uint32_t* symbols) {
-  heads.store(n, pair[0], pair[1], angle, symbols);
-}
 
 /** The code of a row's scale that does not change along K: fetched early, decoded when it is needed. */
 struct RowScale {
@@ -43,7 +39,7 @@ struct Finish {
       outer[part].fetch(p.weights[part].outer, row);
       if (p.epilogue.bias[part] != nullptr) bias[part] = __ldg(p.epilogue.bias[part] + row);
     }
-    if (p.heads.shift >= 0) angle = angleCall(p.heads, n, p.symbols);
+    if (p.heads.shift >= 0) angle = p.heads.angle(n, p.symbols);
     if (p.epilogue.residual.at != nullptr) residual = p.epilogue.residual(m, n);
   }
   __device__ __forceinline__ void store(const SkinnyParams& p, int m, int n, const float (&y)[2]) const {
@@ -59,7 +55,7 @@ struct Finish {
       finished[part] = y[part] * scale + bias[part];
     }
     if (p.heads.shift >= 0) {
-      storeHeads(p.heads, n, finished, angle, p.symbols);
+      p.heads.store(n, finished[0], finished[1], angle, p.symbols);
       return;
     }
     float first = finished[0] + residual;

@@ -8,9 +8,6 @@
 
 namespace fewbit::linear {
 
-/** Bytes of a tile of weights, of which a ring holds most. */
-constexpr int kShortTile = 64 * 1024;
-
 /** Shared memory of a block beside which the next kernel's finds room, and some for small kernels between the two. */
 inline size_t sharedForTwo(const Context& device) { return (device.sharedPerBlock - 1024) / 2 - 10 * 1024; }
 
@@ -59,9 +56,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const int perTile = 16 / p.parts;
   const int tiles = (p.n + perTile - 1) / perTile;
   const int layers = (rows + p.columnsOfX - 1) / p.columnsOfX;
-  // Two short tiles after each other leave the next kernel's block a place beside them, before they are done.
-  const bool shortTiles = tiles > device.sms && tiles <= 2 * device.sms && 16 * p.rowBytes <= kShortTile;
-  const int blocks = device.sms * (shared <= sharedForTwo(device) && !shortTiles ? 2 : 1);
+  const int blocks = device.sms * (shared <= sharedForTwo(device) ? 2 : 1);
   const dim3 grid(std::max(1, std::min(tiles, blocks / (slices * layers))), slices, layers);
   static size_t allowed[16] = {};  // per device: the attribute is set when a launch needs more than before
   size_t& allowedHere = allowed[device.device & 15];
@@ -82,10 +77,12 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
 inline bool inPieces(const SkinnyParams& p, int elements) {
   return ((reinterpret_cast<uintptr_t>(p.x.at) | p.x.stride) & 15) == 0 && p.k % elements == 0;
 }
-/** Whether x is a row that skinny-digits.cuh can take. */
+/** Whether x is a row of bf16 that skinny-digits.cuh can take. */
 inline bool inDigits(const SkinnyParams& p) {
   return p.columnsOfX == 1 && p.separable && p.x.bits == 16 && !p.x.half && p.x.zero.codec == ScaleCodec::none && inPieces(p, 8);
 }
+/** Whether x is a row that skinny-halves.cuh can take, by e4m3. */
+inline bool inHalves(const SkinnyParams& p) { return inDigits(p) || (p.alike && p.separable && inPieces(p, 16)); }
 /** Whether digits of a row leave room for a second block, with stages enough for both: bytes gain less by them than a ring that is too short loses. */
 template <class Codes, class Mode>
 bool digitsLeaveRoom(const Launch& launch, SkinnyParams p) {
@@ -150,11 +147,12 @@ template <class Codes>
 cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64_t scratchBytes) {
   const bool plain = p.promote == Promote::end && !p.element.zeros && !p.fold;
   if constexpr (std::is_same_v<Codes, E4m3Codes>) {
+    if (plain && rows == 1 && inHalves(p)) return launchSkinny<E4m3Halves, 1, InHalves>(launch, p, rows, scratchBytes);
     if (plain) return chooseTiles<Codes, Plain>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, IntCodes<8>>) {
     if (plain && signedBytes(p)) return chooseTiles<SignedBytes, Plain>(launch, p, rows, scratchBytes);
-    if (p.promote == Promote::integer && p.bytes && signedBytes(p) && rows == 1 && inPieces(p, 16)) {
+    if (p.promote == Promote::integer && p.alike && signedBytes(p) && rows == 1 && inPieces(p, 16)) {
       p.columnsOfX = 1;
       return launchSkinny<SignedBytes, 1, InBytes>(launch, p, rows, scratchBytes);
     }

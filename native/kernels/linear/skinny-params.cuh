@@ -20,7 +20,7 @@ struct SkinnyParams : WeightGroup {
   bool separable = false;  // x's codes are exact in bf16 and its scales constant along K
   int columnsOfX = 1;      // rows of x that one block takes
   int parts3 = 3;          // bf16 parts of an element of x; with one of an x that is not separable, its inner scale is in it
-  bool bytes = false;      // x's codes are signed bytes, without zero points
+  bool alike = false;      // x's codes are of the weights' kind, without zero points
 
   int stages = 2;      // of the ring
   int inFlight = 2;    // stages of it that are on their way at a time: more would hold up x and what other kernels read
@@ -44,31 +44,31 @@ struct SkinnyParams : WeightGroup {
  * others are the hot cases: segments can be interleaved, and scales come with the weights.
  */
 struct Any {
-  static constexpr bool digits = false, bytes = false, loads = false, fixed = false, scaled = false, floatZero = false, folds = false;
+  static constexpr bool digits = false, bytes = false, halves = false;
+  static constexpr bool loads = false, fixed = false, scaled = false, floatZero = false, folds = false;
   static constexpr int unit = 1, scaleBytes = 0;
 };
 /** Scales and zero points do not stand in the loop over K. */
-struct Plain {
-  static constexpr bool digits = false, bytes = false, loads = false, fixed = true, scaled = false, floatZero = false, folds = false;
-  static constexpr int unit = 1, scaleBytes = 0;
+struct Plain : Any {
+  static constexpr bool fixed = true;
 };
 /** A scale of `Bytes` bytes (bf16 or e8m0) for each `Unit` segments, and perhaps a bf16 zero point that is added. */
 template <int Unit, bool Zero, int Bytes = 2>
-struct Grouped {
-  static constexpr bool digits = false, bytes = false, loads = false, fixed = true, scaled = true, floatZero = Zero, folds = false;
+struct Grouped : Plain {
+  static constexpr bool scaled = true, floatZero = Zero;
   static constexpr int unit = Unit, scaleBytes = Bytes;
 };
 /** e4m3 scales of 16 elements multiply the codes. */
-struct Folded {
-  static constexpr bool digits = false, bytes = false, loads = false, fixed = true, scaled = false, floatZero = false, folds = true;
-  static constexpr int unit = 1, scaleBytes = 1;
+struct Folded : Plain {
+  static constexpr bool folds = true;
+  static constexpr int scaleBytes = 1;
 };
 
 /** As `Any`, but for how often scales change. */
 template <int Unit>
-struct Loaded {
-  static constexpr bool digits = false, bytes = false, loads = true, fixed = true, scaled = true, floatZero = false, folds = false;
-  static constexpr int unit = Unit, scaleBytes = 0;
+struct Loaded : Plain {
+  static constexpr bool loads = true, scaled = true;
+  static constexpr int unit = Unit;
 };
 
 /** One row of x as digits (skinny-digits.cuh), so many. */
@@ -80,6 +80,10 @@ struct InDigits : Mode {
 /** One row of signed bytes by signed bytes (skinny-bytes.cuh). */
 struct InBytes : Plain {
   static constexpr bool bytes = true;
+};
+/** One row of bf16 or e4m3 by e4m3 (skinny-halves.cuh). */
+struct InHalves : Plain {
+  static constexpr bool halves = true;
 };
 
 /** Warps that multiply. They share each tile's K: warp i takes the chunks i, i + kWorkers, ... */
@@ -112,6 +116,12 @@ __device__ __forceinline__ void multiplyFresh16x8x16(float (&sum)[4], const uint
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
       : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+__device__ __forceinline__ void multiplyHalves16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /** The same of 64 elements of signed bytes, to int32; lanes hold 16 neighbouring codes of a row, and x is in their order. */
@@ -173,10 +183,14 @@ constexpr int kDigitInts = [] {
   return units * 8 + (units + 3) / 4 * 4 * (Mode::loads ? 2 : 1);
 }();
 
-/** Floats that a chunk's sums of x take, or what digits are summed with. */
+/** Floats from a chunk's power of two to the next one's, where x is f16. */
+constexpr int kPowerFloats = 4;
+
+/** Floats that a chunk's sums of x take, or what digits or halves are summed with. */
 template <class Codes, int Tiles, class Mode>
 __host__ __device__ inline int sumsOfChunk(const SkinnyParams& p) {
   if constexpr (Mode::digits) return kDigitInts<Codes, Mode>;
+  if constexpr (Mode::halves) return kPowerFloats;
   return ChunkOf<Codes>::segments / p.unit * Tiles * 8;
 }
 
@@ -194,7 +208,7 @@ __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
   SkinnyShared at;
   at.x = (sizeof(SkinnyBarriers) + 127) / 128 * 128;
   at.sums = at.x + segments * segmentBytes<Mode>(p);
-  at.parts = at.sums + (p.floatZero || Mode::digits ? segments / C::segments * sumsOfChunk<Codes, Tiles, Mode>(p) * 4 : 0);
+  at.parts = at.sums + (p.floatZero || Mode::digits || Mode::halves ? segments / C::segments * sumsOfChunk<Codes, Tiles, Mode>(p) * 4 : 0);
   at.exchange = at.parts + (Mode::digits && Mode::floatZero ? segments / C::segments * kPartBytes : 0);
   at.scales = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;
   at.ring = at.scales + (Mode::scaleBytes > 0 ? size_t(p.scaleSlots) * 16 * scalePitch(p) * (Mode::floatZero ? 2 : 1) : 0);

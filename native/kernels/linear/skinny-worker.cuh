@@ -49,6 +49,22 @@ struct ChunkScales {
   }
 };
 
+/** Adds up the products of segments of x that stay bf16, [segment][lane % 4][8], in the columns whose lanes `have` one. */
+template <class Codes>
+__device__ __forceinline__ void multiplySegments(const Element& element, const float (&zero)[2], const uint8_t* codes, const uint8_t* x,
+                                                 int begin, int end, bool have, int t, float (&sum)[4]) {
+#pragma unroll 1
+  for (int segment = begin; segment < end; segment++) {
+    uint32_t low[4], high[4];
+    Codes::decode(codes + segment * 4 * Codes::bits, t * Codes::bits, element, zero[0], low);
+    Codes::decode(codes + 8 * ChunkOf<Codes>::pitch + segment * 4 * Codes::bits, t * Codes::bits, element, zero[1], high);
+    uint4 b = make_uint4(0, 0, 0, 0);
+    if (have) b = *reinterpret_cast<const uint4*>(x + segment * 64 + t * 16);
+    multiply16x8x16(sum, {low[0], high[0], low[1], high[1]}, b.x, b.y);
+    multiply16x8x16(sum, {low[2], high[2], low[3], high[3]}, b.z, b.w);
+  }
+}
+
 /** One of the warps that multiply, and where its block keeps what. */
 template <class Codes, class Mode>
 struct Worker {

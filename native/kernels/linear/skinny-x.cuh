@@ -33,6 +33,45 @@ struct Octets {
   }
 };
 
+/** Asks for a worker's octets of a row of bf16, `at(octet)`, zeros from element `end` on. Lanes read what they have asked for. */
+template <class Codes, class At>
+__device__ __forceinline__ void copyOctets(const Walk<Codes>& walk, const Octets<Codes>& octets, const uint8_t* row, int end, At at) {
+#pragma unroll 1
+  for (int octet = threadIdx.x % 32; octet < octets.count; octet += 32) {
+    const int k = walk.begin + octets.k(octet);
+    copy16OrZeros(sharedAddress(at(octet)), row + int64_t(k) * 2, k < end);
+  }
+}
+
+/** Exponents of bf16 as they are stored: of the largest of all that `Lanes` neighbouring lanes have, of the least of one's own but zeros. */
+struct Exponents {
+  int largest, least;
+};
+template <int Lanes>
+__device__ __forceinline__ Exponents exponentsOf(const uint32_t (&words)[4]) {
+  uint32_t largest = 0, least = ~0u;  // least of those that are not zero, less 1
+#pragma unroll
+  for (const uint32_t word : words) {
+    const uint32_t magnitudes = word & 0x7fff7fffu;
+    largest = __vmaxu2(largest, magnitudes);
+    least = __vminu2(least, __vsub2(magnitudes, 0x00010001u));
+  }
+#pragma unroll
+  for (int apart = Lanes / 2; apart > 0; apart /= 2) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, apart));
+  return {static_cast<int>(max(largest & 0xffffu, largest >> 16) >> 7), static_cast<int>((min(least & 0xffffu, least >> 16) + 1) >> 7)};
+}
+
+/** The lanes that have a chunk's octets, and whether all of them say so. */
+template <class Codes>
+__device__ __forceinline__ uint32_t lanesOfChunk() {
+  constexpr int count = Octets<Codes>::ofChunk;
+  return (~0u >> (32 - count)) << (threadIdx.x % 32 / count * count);
+}
+template <class Codes>
+__device__ __forceinline__ bool allOfChunk(bool say) {
+  return (__ballot_sync(~0u, !say) & lanesOfChunk<Codes>()) == 0;
+}
+
 /** Sums of x over what is promoted together, for the columns of first parts; the octets of a unit are neighbouring lanes. */
 template <class Codes, int Tiles>
 struct SumsOfX {
@@ -123,12 +162,8 @@ __device__ __forceinline__ void stageBf16(const SkinnyParams& p, uint8_t* target
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int m = 0; m < p.columnsOfX; m++) {
-    const uint8_t* row = p.x.at + (m0 + m) * p.x.stride;
-#pragma unroll 1
-    for (int octet = lane; octet < octets.count; octet += 32) {
-      const int k = walk.begin + octets.k(octet);
-      copy16OrZeros(sharedAddress(target + octets.at(octet, p.columnsOfX) + m * 64), row + int64_t(k) * 2, m < rows && k < p.k);
-    }
+    copyOctets(walk, octets, p.x.at + (m0 + m) * p.x.stride, m < rows ? p.k : 0,
+               [&](int octet) { return target + octets.at(octet, p.columnsOfX) + m * 64; });
   }
   copiesAwait();
 #pragma unroll 1

@@ -35,7 +35,7 @@ cudaError_t run(const Launch& launch) {
   uint64_t scratchBytes = 0;
   Arguments arguments(launch);
   readDecoded(launch, arguments, p, scratch, scratchBytes);
-  p.bytes = arguments.flag();
+  p.alike = arguments.flag();
   readHeads(arguments, p);
   if (arguments.broken()) return cudaErrorInvalidValue;
   p.partial = reinterpret_cast<float*>(scratch);
@@ -50,6 +50,6 @@ cudaError_t run(const Launch& launch) {
 namespace fewbit {
 extern const Entry kLinearSkinnyEntries[];
 extern const size_t kLinearSkinnyEntryCount;
-const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 4, linear::run}};
+const Entry kLinearSkinnyEntries[] = {{"linear/skinny", 5, linear::run}};
 const size_t kLinearSkinnyEntryCount = sizeof kLinearSkinnyEntries / sizeof *kLinearSkinnyEntries;
 }  // namespace fewbit

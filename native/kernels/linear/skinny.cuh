@@ -5,7 +5,7 @@
 // (one, when its own stored codes are exact in bf16): every product is exact, sums are float32, scales multiply partial sums.
 //
 // A row of bf16 by integer codes is multiplied in whole numbers instead (skinny-digits.cuh), one of signed bytes by such as it lies
-// (skinny-bytes.cuh). Outputs that are heads are turned and
+// (skinny-bytes.cuh), and one of bf16 or e4m3 by e4m3 in f16 (skinny-halves.cuh). Outputs that are heads are turned and
 // stored where attention reads them (skinny-heads.cuh).
 //
 // A block walks over tiles of 16 output features. One of its warps streams the weights into a ring of shared memory, across tiles and
@@ -16,6 +16,7 @@
 #include "skinny-bytes.cuh"
 #include "skinny-digits.cuh"
 #include "skinny-finish.cuh"
+#include "skinny-halves.cuh"
 #include "skinny-stored.cuh"
 
 namespace fewbit::linear {
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 :
   const Worker<Codes, Mode> worker{p, shared, at, walk, exchange, sheet, warp, lane};
   if constexpr (Mode::bytes) multiplyBytes(worker, m0);
   else if constexpr (Mode::digits) multiplyDigits(worker, m0);
+  else if constexpr (Mode::halves) multiplyHalves(worker, m0);
   else multiplyStored<Codes, Tiles, Mode>(worker, m0, rows);
 }
 

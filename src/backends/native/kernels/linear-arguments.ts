@@ -110,6 +110,10 @@ const isHalf = (codec: Codec) => same(codec, CODECS.bf16) || same(codec, CODECS.
 export const isSigned8 = ({ element, zero }: Format): boolean =>
   element.kind === "int" && element.signed && element.bits === 8 && zero.domain === "none";
 
+/** Whether x's codes are of the weight's codec, without zero points. */
+export const isAlike = (x: Format, weight: Format): boolean =>
+  x.zero.domain === "none" && same(x.element, weight.element);
+
 /** Whether a format's codes are numbers of a codec, without scales. */
 export const unscaled = ({ element, scales }: Format, codec: string): boolean =>
   scales.length === 0 && codecName(element) === codec;

@@ -6,11 +6,11 @@ import { linearStep } from "../../linear-step.js";
 import { type Stream, streams } from "../../rope-step.js";
 import { type BuildContext, type Entry, type NativeDispatch, type NativeKernel, scratch, value } from "../kernel.js";
 import { operand } from "./general-arguments.js";
-import { formatsOf, isSigned8, LinearArguments, partsOf, unscaled } from "./linear-arguments.js";
+import { formatsOf, isAlike, LinearArguments, partsOf, unscaled } from "./linear-arguments.js";
 import { decodedObstacle, promotion } from "./linear-decoded.js";
 import { needsSharedMemory } from "./sdpa-step.js";
 
-const SKINNY: Entry = { name: "linear/skinny", abi: 4 };
+const SKINNY: Entry = { name: "linear/skinny", abi: 5 };
 
 /** Rows of x from which on weights are read too often. */
 const MOST_ROWS = 32;
@@ -92,14 +92,14 @@ function headsBehind(context: BuildContext, after: BuildContext): readonly Strea
 
 function dispatch(context: BuildContext, after: BuildContext | null, heads: readonly Stream[]): NativeDispatch[] {
   const { bound } = context;
-  const { x, n } = formatsOf(bound);
+  const { x, weight, n } = formatsOf(bound);
   const written = new LinearArguments()
     .weightGroup(context)
     .activations(context)
     .epilogue(context)
     .int(...promotion(bound, chunkOf(bound)).args)
     .buffer(scratchBytes(bound) > 0 ? scratch : undefined)
-    .int(x !== null && isSigned8(x), heads.length);
+    .int(x !== null && isAlike(x, weight), heads.length);
   if (after !== null) {
     const size = n / heads.reduce((sum, stream) => sum + stream.heads, 0);
     written.int(Math.log2(size) - 1);
