@@ -156,6 +156,15 @@ export function linearRows(formats: readonly Format[]): Row[] {
   const biased = { heads: true, rounds: true, bias: true };
   add("heads_bias", int8, { n: 96, k: 1024, size: 16 }, { ...stores, options: biased, activation: bf16, quick: true });
   add("heads_f32", bf16, { n: 64, k: 72, size: 32 }, { ...stores, options: { heads: true } });
+  // What does not fit a number of fewer bits, where a backend multiplies those.
+  const wide = { options: { wide: true }, activation: bf16, runs: FEW };
+  for (const [i, format] of [
+    byRow(int8),
+    byRow(float8_e4m3),
+    withScale(int4_tinygemm, { block: [1, 64] }),
+    mxfp4,
+  ].entries())
+    add("wide", format, { n: 37, k: 1024 }, { ...wide, quick: i < 3 });
   // Some tens of rows, along a K that blocks share between them and walk over in several turns.
   for (const format of [withScale(int4_tinygemm, { block: [1, 64] }), byRow(int8), FORMATS.nvfp4])
     add("long", format, { n: 40, k: 8192 }, { activation: bf16, runs: [{ T: 16 }, { T: 32 }, { T: 100 }] });

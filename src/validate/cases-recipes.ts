@@ -6,7 +6,7 @@ import type { HostTensor } from "../ir/tensor.js";
 import { random, randomTensor, seedOf } from "./cases-random.js";
 import { chain, headCaches, heads } from "./cases-recipes-chain.js";
 import { LAYER_RECIPES } from "./cases-recipes-layer.js";
-import { angles, at, floats, positions, type Recipe, Sketch, tokens, x } from "./cases-sketch.js";
+import { angles, at, floats, positions, type Recipe, Sketch, spreadOut, tokens, x } from "./cases-sketch.js";
 
 export type { Options, Settings } from "./cases-sketch.js";
 
@@ -64,6 +64,7 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
     },
     inputs: ({ shape, options }, run, seed) => ({
       x: floats([run.T as number, at(shape, "k")], seed),
+      ...(options?.wide ? { x: spreadOut(floats([run.T as number, at(shape, "k")], seed)) } : {}),
       ...(options?.heads ? headCaches(shape, seed) : {}),
       ...(options?.qkv ? { cache: randomTensor(FORMATS.f32, [(at(shape, "n") / 16) * 64, 16], seed + 2) } : {}),
       ...(options?.residual ? { residual: floats([run.T as number, at(shape, "n")], seed + 1, 4) } : {}),

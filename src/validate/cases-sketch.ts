@@ -4,7 +4,7 @@ import { FORMATS } from "../formats/table.js";
 import type { Symbols } from "../ir/evaluate.js";
 import { dense, type Graph, GraphBuilder, stored, type ValueId } from "../ir/graph.js";
 import type { BinaryFn, UnaryFn } from "../ir/ops.js";
-import type { HostTensor } from "../ir/tensor.js";
+import type { DenseTensor, HostTensor } from "../ir/tensor.js";
 import type { Row } from "./cases.js";
 import { normals, random, randomTensor, seedOf } from "./cases-random.js";
 
@@ -33,6 +33,8 @@ export interface Options {
   readonly chain?: boolean;
   /** Three linears whose heads are turned, rounded and stored in caches, as attention reads them. */
   readonly heads?: boolean;
+  /** Elements of x span 80 powers of two. */
+  readonly wide?: boolean;
   /** The linears declare short sums. */
   readonly fastAccum?: boolean;
   /** Queries and probabilities are bf16. */
@@ -98,11 +100,17 @@ export class Sketch {
 }
 
 export const at = (shape: Row["shape"], name: string): number => shape[name] as number;
-export const floats = (shape: readonly number[], seed: number, spread = 1): HostTensor => ({
+export const floats = (shape: readonly number[], seed: number, spread = 1): DenseTensor => ({
   dtype: "f32",
   shape,
   data: normals(random(seed), sizeOf(shape), spread),
 });
+
+/** The same numbers, each times a power of two between 2^-40 and 2^40. */
+export function spreadOut(tensor: DenseTensor): DenseTensor {
+  const data = Float32Array.from(tensor.data as Float32Array, (x, i) => x * 2 ** (((i * 37) % 81) - 40));
+  return { dtype: "f32", shape: tensor.shape, data };
+}
 
 export const tokens = ({ T }: Symbols): Symbols => ({ T: T as number });
 export const positions = ({ T, P }: Symbols): Symbols => ({ T: T as number, P: P as number });
