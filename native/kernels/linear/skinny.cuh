@@ -5,8 +5,8 @@
 // (one, when its own stored codes are exact in bf16): every product is exact, sums are float32, scales multiply partial sums.
 //
 // A row of bf16 by integer codes is multiplied in whole numbers instead (skinny-digits.cuh), one of signed bytes by such as it lies
-// (skinny-bytes.cuh), and one of bf16 or e4m3 by e4m3 in f16 (skinny-halves.cuh). Outputs that are heads are turned and
-// stored where attention reads them (skinny-heads.cuh).
+// (skinny-bytes.cuh), and one of bf16 or e4m3 by e4m3 in f16 (skinny-halves.cuh). Outputs that are heads are turned and stored where
+// attention reads them (skinny-heads.cuh).
 //
 // A block walks over tiles of 16 output features. One of its warps streams the weights into a ring of shared memory, across tiles and
 // before x is there. Eight warps share a tile's K and multiply; others add up what those found and store it, so that nobody waits for an
