@@ -98,6 +98,12 @@ export const CONFIGS = {
   },
 };
 
+/** What `config.json` of a bench's model says, with fewer layers where those are wanted. */
+export const configOf = ({ config, layers }) => ({
+  ...CONFIGS[config],
+  ...(layers === undefined ? {} : { num_hidden_layers: layers }),
+});
+
 /** The cases of a bench as one run wants them: `wanted` lists replace those of the table. */
 export function casesOf(bench, { small = false, ...wanted }) {
   const given = Object.fromEntries(Object.entries(wanted).filter(([, value]) => value !== undefined));

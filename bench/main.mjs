@@ -59,6 +59,12 @@ const program = new Command("bench")
       .addOption(recipes())
       .addOption(inputs())
       .option("--kv <name>", "the cache's format", "bf16")
+      .option(
+        "--layers <n>",
+        "layers of the decoder: fewer are loaded sooner, to time builds against each other",
+        positive,
+      )
+      .option("--prefill <n>", "tokens of the long prompt", positive)
       .option("--profile", "what each step of a token and of a prompt takes (cuda)"),
   )
   .addCommand(

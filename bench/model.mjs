@@ -1,5 +1,5 @@
 // A decoder with random weights: a long prompt in one run, and single tokens after a short one.
-import { CONFIGS, casesOf } from "./cases.mjs";
+import { casesOf, configOf } from "./cases.mjs";
 import {
   buildDecoder,
   decoderBuckets,
@@ -18,7 +18,8 @@ import { BF16_PROBABILITIES } from "./sdpa.mjs";
 export async function model(session, options) {
   const cases = casesOf("model", options);
   for (const recipe of cases.recipes) {
-    const about = { name: `${cases.config} ${recipe}`, recipe, kv: options.kv ?? "bf16", inputs: options.inputs };
+    const named = cases.layers === undefined ? cases.config : `${cases.config}, layers ${cases.layers},`;
+    const about = { name: `${named} ${recipe}`, recipe, kv: options.kv ?? "bf16", inputs: options.inputs };
     try {
       await one(session, about, cases);
     } catch (error) {
@@ -104,9 +105,10 @@ function costs(config, formats, kv, { decode, prefill }) {
   };
 }
 
-async function one(session, about, { config: name, decode, prefill }) {
+async function one(session, about, cases) {
+  const { decode, prefill } = cases;
   const { signal } = session;
-  const config = parseConfig(CONFIGS[name]);
+  const config = parseConfig(configOf(cases));
   const formats = formatOf(about.recipe, inputFormat(about.inputs));
   const capacity = Math.max(prefill, decode.prompt + decode.tokens);
   const kv = kvFormat(about.kv);

@@ -2,12 +2,12 @@
 import { spawn } from "node:child_process";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
-import { CONFIGS, casesOf } from "./cases.mjs";
+import { casesOf, configOf } from "./cases.mjs";
 
 /** The cases that PyTorch is asked for. */
 function asked(session, options) {
   const cases = casesOf(session.bench, options);
-  if (session.bench === "model") return { ...cases, shape: CONFIGS[cases.config] };
+  if (session.bench === "model") return { ...cases, shape: configOf(cases) };
   return cases;
 }
 
