@@ -22,30 +22,24 @@ namespace fewbit::linear {
   c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define FEWBIT_W32(c, d, i) FEWBIT_W8(c, d, i), FEWBIT_W8(c, d, i + 8), FEWBIT_W8(c, d, i + 16), FEWBIT_W8(c, d, i + 24)
 #define FEWBIT_W64(c, d, i) FEWBIT_W32(c, d, i), FEWBIT_W32(c, d, i + 32)
+#define FEWBIT_W128(c, d, i) FEWBIT_W64(c, d, i), FEWBIT_W64(c, d, i + 64)
 
+/** A product of so many sums a thread, for so many columns; operands are numbered behind the sums. */
+#define FEWBIT_PRODUCT(Accumulator, constraint, sums, columns, registers, words, a_, b_, add_, k, types, flags)        \
+    __device__ __forceinline__ static void product(Accumulator (&d)[sums], uint64_t a, uint64_t b, int add) {          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns k types  \
+                   " {" registers "}, " a_ ", " b_ ", p" flags ";\n}"                                                  \
+                   : words(constraint, d, 0)                                                                           \
+                   : "l"(a), "l"(b), "r"(add));                                                                        \
+    }
 /** A unit: its accumulators' type, bytes of an element, and its product for N = 256, 128 and 64. */
 #define FEWBIT_UNIT(Name, Accumulator, constraint, bytes, k, types, flags)                                             \
   struct Name {                                                                                                        \
     using Value = Accumulator;                                                                                         \
     static constexpr int elementBytes = bytes;                                                                         \
-    __device__ __forceinline__ static void product(Accumulator (&d)[128], uint64_t a, uint64_t b, int add) {           \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256" k types           \
-                   " {" FEWBIT_R128 "}, %128, %129, p" flags ";\n}"                                                    \
-                   : FEWBIT_W64(constraint, d, 0), FEWBIT_W64(constraint, d, 64)                                       \
-                   : "l"(a), "l"(b), "r"(add));                                                                        \
-    }                                                                                                                  \
-    __device__ __forceinline__ static void product(Accumulator (&d)[64], uint64_t a, uint64_t b, int add) {            \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128" k types            \
-                   " {" FEWBIT_R64 "}, %64, %65, p" flags ";\n}"                                                       \
-                   : FEWBIT_W64(constraint, d, 0)                                                                      \
-                   : "l"(a), "l"(b), "r"(add));                                                                        \
-    }                                                                                                                  \
-    __device__ __forceinline__ static void product(Accumulator (&d)[32], uint64_t a, uint64_t b, int add) {            \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64" k types             \
-                   " {" FEWBIT_R32 "}, %32, %33, p" flags ";\n}"                                                       \
-                   : FEWBIT_W32(constraint, d, 0)                                                                      \
-                   : "l"(a), "l"(b), "r"(add));                                                                        \
-    }                                                                                                                  \
+    FEWBIT_PRODUCT(Accumulator, constraint, 128, "256", FEWBIT_R128, FEWBIT_W128, "%128", "%129", "%130", k, types, flags) \
+    FEWBIT_PRODUCT(Accumulator, constraint, 64, "128", FEWBIT_R64, FEWBIT_W64, "%64", "%65", "%66", k, types, flags)   \
+    FEWBIT_PRODUCT(Accumulator, constraint, 32, "64", FEWBIT_R32, FEWBIT_W32, "%32", "%33", "%34", k, types, flags)    \
   };
 #define FEWBIT_REAL(x) "+f"(x)
 #define FEWBIT_WHOLE(x) "+r"(x)
