@@ -1,5 +1,5 @@
 // Codes of the row kernels against those of the general ones, byte by byte: `FEWBIT=/path/to/package node bench/gpu/rows.mjs`.
-// Every format that they take, over rows of random bits, normal numbers, ties, zeros, infinities and NaN, alone and behind activations.
+// Every format that they take, over rows of random bits, normal numbers, ties, zeros, infinities and NaN, alone and behind activations and norms.
 // With `--time`, what they take for prompts instead.
 import { pathToFileURL } from "node:url";
 
@@ -47,10 +47,13 @@ const ROWS = [
   (row) => row.map((x) => x * 2 ** -61),
 ];
 
+/** Whole numbers whose squares add up to less than 2^24: in any order, so that norms of different kernels are the same. */
+const WHOLE = (row) => row.map((x) => Math.round(x * 8));
+
 const made = new Map();
 /** Rows of these kinds in turn; the same ones each time. */
 function values(rows, k, kinds = [ROWS[0]]) {
-  const key = `${rows} ${k} ${kinds.map((kind) => ROWS.indexOf(kind))}`;
+  const key = `${rows} ${k} ${kinds}`;
   if (!made.has(key)) made.set(key, drawn(rows, k, kinds));
   return made.get(key);
 }
@@ -68,7 +71,8 @@ function graph(format, rows, k, behind, copies = 1) {
   const x = g.input("x", type);
   for (let i = 0; i < copies; i++) {
     let made = x;
-    if (behind !== "values") made = g.one("unary", [made], { fn: behind === "relu" ? "relu" : "silu" });
+    if (behind === "rmsnorm") made = g.one("rmsnorm", [made, g.input("weight", dense("f32", [k]))], { eps: 1e-5 });
+    else if (behind !== "values") made = g.one("unary", [made], { fn: behind === "relu" ? "relu" : "silu" });
     if (behind === "silu*mul") made = g.one("binary", [made, g.input("up", type)], { fn: "mul" });
     g.output(i === 0 ? "y" : `y${i}`, g.one("quantize", [made], { format }));
   }
@@ -126,8 +130,15 @@ function* cases() {
     ]) {
       // Blocks must fit a row.
       if (format.scales.some(({ block }) => block[1] !== "all" && k % block[1] !== 0)) continue;
-      for (const behind of ["values", "relu", "silu*mul"]) yield { format, rows, k, behind };
+      for (const behind of ["values", "relu", "silu*mul", "rmsnorm"]) yield { format, rows, k, behind };
     }
+}
+
+/** Of which kinds the rows of each tensor are. With one scale for all rows the largest kind would hide the others. */
+function kindsOf(format, behind) {
+  if (behind === "rmsnorm") return [[WHOLE]];
+  if (format.scales[0]?.block[0] !== "all") return [ROWS];
+  return (behind === "values" ? ROWS : ROWS.slice(0, 1)).map((kind) => [kind]);
 }
 
 /** The plans with and without row kernels, if they differ; null where a format cannot be made on a device. */
@@ -157,17 +168,14 @@ async function compare() {
   for (const { format, rows, k, behind } of cases()) {
     const plans = plansOf(graph(format, rows, k, behind));
     if (plans === null) continue;
-    // One scale for all rows: each kind of row by itself, else the largest one hides the others.
-    const alone = behind === "values" ? ROWS : ROWS.slice(0, 1);
-    for (const kinds of format.scales[0]?.block[0] === "all" ? alone.map((kind) => [kind]) : [ROWS]) {
+    for (const kinds of kindsOf(format, behind)) {
       const inputs = { x: values(rows, k, kinds) };
       if (behind === "silu*mul") inputs.up = values(rows, k);
+      if (behind === "rmsnorm") inputs.weight = { ...values(1, k), shape: [k] };
       const [ours, theirs] = [parts(await coded(plans[0], inputs)), parts(await coded(plans[1], inputs))];
       const wrong = difference(ours, theirs);
       if (wrong !== null) {
-        console.log(
-          `FAIL ${formatKey(format)} ${behind} ${rows}x${k}, rows of kind ${ROWS.indexOf(kinds[0])}: ${wrong}`,
-        );
+        console.log(`FAIL ${formatKey(format)} ${behind} ${rows}x${k}, rows of ${kinds[0]}: ${wrong}`);
         failed++;
       }
       compared++;

@@ -3,6 +3,10 @@
 // The elements of a unit (those that share a weight's scale, or a chunk) are integers of 30 bits times one power of two, cut into
 // four signed bytes: four columns of x. A bf16 keeps its 8 bits if its exponent is at most 22 below that of its unit's largest; a chunk of x
 // that has a smaller one, or one that is not finite, stays bf16 and meets codes in bf16.
+//
+// Codes of 4 bits multiply as they lie, two a byte. Of bytes b = c0 + 16 c1 and elements X0 and X1 of x,
+//   c0 X0 + c1 X1 = b X0 + (b & 240) (X1 / 16 - X0):
+// with X0 and X1 whole numbers of 26 bits times 16, each byte costs one operation, where two codes out of it would cost three.
 #pragma once
 #include "skinny-worker.cuh"
 
@@ -33,9 +37,13 @@ struct Digits {
   // Where powers begin, and sums of x where scales are loaded, and all, of a chunk.
   static constexpr int powers = units * 8, wholes = powers + (units + 3) / 4 * 4, ints = kDigitInts<Codes, Mode>;
   static constexpr bool sumsX = Mode::floatZero || Mode::loads;
+  /** Whether codes of 4 bits stay in pairs: where lanes load 64 of them at once, whose scales come with them. */
+  static constexpr bool pairs = Codes::bits == 4 && !Mode::loads;
+  static constexpr int range = pairs ? 18 : 22;  // powers of two from an element of a unit to its largest
   static constexpr int octetsOfChunk = C::k / 8, octetsOfUnit = unit / 8;
-  /** 1.5 * 2^23 as a float: an integer below 2^22 added to its bits is added to its value. */
+  /** 1.5 * 2^23 as a float: an integer below 2^22 added to its bits is added to its value. Sums of 128 codes are below that. */
   static constexpr int kMagic = 0x4b400000;
+  static constexpr uint32_t kUpper = 0xf0f0f0f0u;
 
   /** Sum over the lanes of a unit. */
   template <class T>
@@ -72,13 +80,17 @@ struct Digits {
     const Exponents of = exponentsOf<octetsOfUnit>(words);
     // The powers of two are normal numbers for these exponents.
     const int exponent = min(max(of.largest, 32), 253);
-    const bool fits = of.least > 255 || (of.largest == exponent && of.least >= exponent - 22);  // only zeros always do
+    const bool fits = of.least > 255 || (of.largest == exponent && of.least >= exponent - range);  // only zeros always do
     const float up = __int_as_float((283 - exponent) << 23);  // the largest is below 2^30
     const float power = __int_as_float((exponent - 5) << 23);
+    int integers[8];
     uint32_t digits[8];
 #pragma unroll
+    for (int j = 0; j < 8; j++) integers[j] = __float2int_rz(valueOf(j) * up);
+#pragma unroll
     for (int j = 0; j < 8; j++) {
-      digits[j] = (static_cast<uint32_t>(__float2int_rz(valueOf(j) * up)) + 0x00808080u) ^ 0x00808080u;
+      const int integer = pairs && j % 2 == 1 ? (integers[j] >> 4) - integers[j - 1] : integers[j];
+      digits[j] = (static_cast<uint32_t>(integer) + 0x00808080u) ^ 0x00808080u;
     }
     const auto place = [](int i) { return Codes::bits == 4 ? i % 4 * 2 + i / 4 : i; };  // of nibbles, even ones come first
     uint32_t halves[2][4];
@@ -86,15 +98,23 @@ struct Digits {
     transposeBytes({digits[place(4)], digits[place(5)], digits[place(6)], digits[place(7)]}, halves[1]);
     const bool whole = allOfChunk<Codes>(fits);
 
-    int sums[kDigits] = {0, 0, 0, 0};  // of a unit's digits, below 2^15
+    int sums[kDigits] = {0, 0, 0, 0};  // of a unit's elements, in digits that are below 2^15 and need not be bytes
     float sum = 0.0f;
     if constexpr (sumsX) {
+      if constexpr (pairs) {
+        int low = 0, high = 0;
 #pragma unroll
-      for (int j = 0; j < kDigits; j++)
-        for (const auto& half : halves) sums[j] = __dp4a(static_cast<int>(half[j]), 0x01010101, sums[j]);
-      const int low = overUnit(sums[0] + (sums[1] << 16)), high = overUnit(sums[2] + (sums[3] << 16));
-      sums[0] = static_cast<int16_t>(low), sums[1] = (low - sums[0]) >> 16;
-      sums[2] = static_cast<int16_t>(high), sums[3] = (high - sums[2]) >> 16;
+        for (int j = 0; j < 8; j++) low += integers[j] & 0xffff, high += integers[j] >> 16;
+        low = overUnit(low), high = overUnit(high) + (low >> 16);
+        sums[0] = low & 255, sums[1] = low >> 8 & 255, sums[2] = high & 255, sums[3] = high >> 8;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kDigits; j++)
+          for (const auto& half : halves) sums[j] = __dp4a(static_cast<int>(half[j]), 0x01010101, sums[j]);
+        const int low = overUnit(sums[0] + (sums[1] << 16)), high = overUnit(sums[2] + (sums[3] << 16));
+        sums[0] = static_cast<int16_t>(low), sums[1] = (low - sums[0]) >> 16;
+        sums[2] = static_cast<int16_t>(high), sums[3] = (high - sums[2]) >> 16;
+      }
       sum = fmaf(static_cast<float>(sums[3] * 256 + sums[2]), 65536.0f, static_cast<float>(sums[1] * 256 + sums[0])) * (power * 0x1p-24f);
       if (!whole) {
         float stored = 0.0f;
@@ -108,9 +128,16 @@ struct Digits {
     if (!mine) return;
     if (whole) {
 #pragma unroll
-      for (int j = 0; j < kDigits; j++)
-        *reinterpret_cast<uint2*>(target + inChunk / (block / 8) * (block * kDigits) + j * block + inChunk % (block / 8) * 8) =
-            make_uint2(halves[0][j], halves[1][j]);
+      for (int j = 0; j < kDigits; j++) {
+        uint8_t* column = target + inChunk / (block / 8) * (block * kDigits) + j * block;
+        if constexpr (pairs) {
+          // The first elements of two octets side by side, and behind them the second ones, as products take them.
+          uint32_t* of = reinterpret_cast<uint32_t*>(column + inChunk % (block / 8) / 2 * 16 + inChunk % 2 * 4);
+          of[0] = halves[0][j], of[2] = halves[1][j];
+        } else {
+          *reinterpret_cast<uint2*>(column + inChunk % (block / 8) * 8) = make_uint2(halves[0][j], halves[1][j]);
+        }
+      }
     } else {
       const auto pair = [&](int i) {
         return __byte_perm(__float_as_uint(valueOf(Codes::first(i))), __float_as_uint(valueOf(Codes::first(i) + Codes::apart)), 0x7632);
@@ -154,7 +181,7 @@ struct Digits {
     const int g = lane / 4, t = lane % 4;
     const uint8_t* x = shared + at.x + chunk * bytes;
     const int* of = reinterpret_cast<const int*>(shared + at.sums) + chunk * ints;
-    const uint32_t flip = Codes::flipOf(p.element);
+    const uint32_t flip = pairs ? 0u : Codes::flipOf(p.element);
     float power[(units + 3) / 4 * 4];
     if constexpr (units == 1) {
       power[0] = __int_as_float(of[powers]);
@@ -210,7 +237,12 @@ struct Digits {
     for (int k = u * unit; k < (u + 1) * unit; k += block) {
       const uint8_t* from = codes + k * Codes::bits / 8 + t * (block * Codes::bits / 32);
       const uint8_t* columns = x + k * kDigits + g % kDigits * block + t * (block / 4);
-      if constexpr (block == 64) {
+      if constexpr (pairs) {
+        const uint2 low = *reinterpret_cast<const uint2*>(from), high = *reinterpret_cast<const uint2*>(from + 8 * C::pitch);
+        const uint4 b = *reinterpret_cast<const uint4*>(columns);
+        multiplyUnsigned16x8x32(exact, {low.x, high.x, low.y, high.y}, b.x, b.y);
+        multiplyUnsigned16x8x32(exact, {low.x & kUpper, high.x & kUpper, low.y & kUpper, high.y & kUpper}, b.z, b.w);
+      } else if constexpr (block == 64) {
         uint32_t low[4], high[4];
         Codes::bytes(from, flip, low);
         Codes::bytes(from + 8 * C::pitch, flip, high);
@@ -303,8 +335,8 @@ __device__ __forceinline__ void multiplyDigits(const Worker<Codes, Mode>& worker
         [&](int tile, int chunk, int, const uint8_t* codes) {
           // The next chunk's scales are asked for before this one's are used.
           const AnyScales scales = next;
-          const bool more = chunk + kWorkers < walk.chunks;
-          load(more ? tile : tile + gridDim.x, more ? chunk + kWorkers : warp);
+          const bool more = chunk + kWorkers<Codes> < walk.chunks;
+          load(more ? tile : tile + gridDim.x, more ? chunk + kWorkers<Codes> : warp);
           if (chunk < walk.chunks)
             of.add(p, worker.shared, worker.at, codes + lane / 4 * C::pitch, chunk, LoadedScales{p, scales, lane}, lane);
         },

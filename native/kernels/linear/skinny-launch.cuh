@@ -66,7 +66,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
     if (error != cudaSuccess) return error;
     allowedHere = shared;
   }
-  const cudaError_t error = launchOverlapped(launch, skinny<Codes, Tiles, Mode>, grid, kThreads(Tiles), shared, p);
+  const cudaError_t error = launchOverlapped(launch, skinny<Codes, Tiles, Mode>, grid, kThreads<Codes>(Tiles), shared, p);
   if (error != cudaSuccess || slices == 1) return error;
   const int64_t outputs = int64_t(rows) * p.n;
   const int finishing = static_cast<int>(std::min<int64_t>((outputs + 255) / 256, device.sms * 8));
@@ -102,15 +102,16 @@ cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_
     if (p.columnsOfX * p.parts3 > 8) return launchSkinny<Codes, 4, Mode>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, SignedBytes> || (std::is_same_v<Codes, Int4Codes> && Mode::fixed)) {
-    if (inDigits(p) && (Codes::bits == 4 || digitsLeaveRoom<Codes, Mode>(launch, p)))
-      return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
+    if (inDigits(p) && digitsLeaveRoom<Codes, Mode>(launch, p)) return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
+    if (inDigits(p)) return launchSkinny<Alone<Codes>, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
   }
   return launchSkinny<Codes, 1, Mode>(launch, p, rows, scratchBytes);
 }
 
 /** Whether scales can come with the weights: rows of them, one for each row, are copied in pieces of 16 bytes, and do not crowd out x. */
 inline bool rowsOfScales(const Launch& launch, const SkinnyParams& p, int chunk, bool zero) {
-  const size_t slot = size_t(16) * scalePitch(p) * (zero ? 2 : 1);
+  const Blocks& scale = p.weights[0].scale;
+  const size_t slot = size_t(16) * (scale.columns * scaleBytes(scale.codec) + 16) * (zero ? 2 : 1);
   bool copied = p.k % chunk == 0 && 8 * slot <= launch.context->sharedPerBlock;
   for (int part = 0; part < p.parts; part++) {
     const Weights& w = p.weights[part];
@@ -158,9 +159,9 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
     }
   }
   if constexpr (std::is_same_v<Codes, Int4Codes>) {
-    if (grouped<Codes>(launch, p, 2, ScaleCodec::bf16, true))
+    if (p.element.flip == 0 && grouped<Codes>(launch, p, 2, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<2, true>>(launch, p, rows, scratchBytes);
-    if (grouped<Codes>(launch, p, 4, ScaleCodec::bf16, true))
+    if (p.element.flip == 0 && grouped<Codes>(launch, p, 4, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<4, true>>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes>) {

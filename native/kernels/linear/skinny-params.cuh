@@ -87,24 +87,28 @@ struct InHalves : Plain {
 };
 
 /** Warps that multiply. They share each tile's K: warp i takes the chunks i, i + kWorkers, ... */
-constexpr int kWorkers = 8;
+template <class Codes>
+constexpr int kWorkers = Codes::workers;
 /** Warps that add up what workers found, and store it: so many for every other tile. */
 __host__ __device__ constexpr int kFinishers(int tiles) { return tiles == 1 ? 1 : 2; }
 /** The workers, one warp that fetches, and two groups of finishers. */
-__host__ __device__ constexpr int kThreads(int tiles) { return (kWorkers + 1 + 2 * kFinishers(tiles)) * 32; }
+template <class Codes>
+__host__ __device__ constexpr int kThreads(int tiles) {
+  return (kWorkers<Codes> + 1 + 2 * kFinishers(tiles)) * 32;
+}
 
 /** What a worker takes at a time: 16 rows of the weights, `k` elements wide; `Spread` is what four lanes read of a row at once. */
-template <int Bits, int Spread>
+template <int Bits, int Spread, int Workers>
 struct Chunk {
   static constexpr int segments = Bits == 16 ? 2 : Bits <= 4 ? 8 : 4;  // of 32 elements
   static constexpr int k = segments * 32;
   static constexpr int rowBytes = segments * 4 * Bits;
   /** A stage of the ring: one chunk a worker. The spread puts the rows that one load reads into different banks. */
-  static constexpr int pitch = kWorkers * rowBytes + Spread;
+  static constexpr int pitch = Workers * rowBytes + Spread;
   static constexpr int stageBytes = 16 * pitch;
 };
 template <class Codes>
-using ChunkOf = Chunk<Codes::bits, Codes::spread>;
+using ChunkOf = Chunk<Codes::bits, Codes::spread, Codes::workers>;
 
 __device__ __forceinline__ void multiply16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -127,6 +131,12 @@ __device__ __forceinline__ void multiplyHalves16x8x16(float (&sum)[4], const uin
 /** The same of 64 elements of signed bytes, to int32; lanes hold 16 neighbouring codes of a row, and x is in their order. */
 __device__ __forceinline__ void multiplyBytes16x8x32(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+/** The same by bytes without a sign. */
+__device__ __forceinline__ void multiplyUnsigned16x8x32(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -155,7 +165,7 @@ __host__ __device__ inline int chunksOf(int count) {
 }
 template <class Codes>
 __host__ __device__ inline int stagesOfTile(int count) {
-  return (chunksOf<Codes>(count) + kWorkers - 1) / kWorkers;
+  return (chunksOf<Codes>(count) + kWorkers<Codes> - 1) / kWorkers<Codes>;
 }
 
 /** Bytes of x in shared memory from one segment of 32 elements to the next. */
@@ -164,9 +174,13 @@ __host__ __device__ inline int segmentBytes(const SkinnyParams& p) {
   return Mode::bytes ? 32 : Mode::digits ? 32 * kDigits : p.columnsOfX * p.parts3 * 64;
 }
 
+/** Bytes of a row's scales of a chunk, where they come with the weights: K is whole chunks then. */
+template <class Codes, class Mode>
+constexpr int kScaleBytes = ChunkOf<Codes>::segments / (Mode::folds ? 1 : Mode::unit) * (Mode::folds ? 2 : Mode::scaleBytes);
 /** Bytes from row to row of a tile's scales in shared memory. */
+template <class Codes, class Mode>
 __host__ __device__ inline int scalePitch(const SkinnyParams& p) {
-  return p.weights[0].scale.columns * scaleBytes(p.weights[0].scale.codec) + 16;
+  return chunksOf<Codes>(p.k) * kScaleBytes<Codes, Mode> + 16;
 }
 
 /** Barriers of shared memory: one of each kind a stage, and one of each kind a copy of a tile's sums. */
@@ -210,8 +224,8 @@ __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
   at.sums = at.x + segments * segmentBytes<Mode>(p);
   at.parts = at.sums + (p.floatZero || Mode::digits || Mode::halves ? segments / C::segments * sumsOfChunk<Codes, Tiles, Mode>(p) * 4 : 0);
   at.exchange = at.parts + (Mode::digits && Mode::floatZero ? segments / C::segments * kPartBytes : 0);
-  at.scales = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;
-  at.ring = at.scales + (Mode::scaleBytes > 0 ? size_t(p.scaleSlots) * 16 * scalePitch(p) * (Mode::floatZero ? 2 : 1) : 0);
+  at.scales = at.exchange + size_t{2} * kWorkers<Codes> * sheetOf<Tiles>(p) * 4;
+  at.ring = at.scales + (Mode::scaleBytes > 0 ? size_t(p.scaleSlots) * 16 * scalePitch<Codes, Mode>(p) * (Mode::floatZero ? 2 : 1) : 0);
   at.total = at.ring + size_t(p.stages) * C::stageBytes + 16;  // fields of odd widths are read a word beyond their end
   return at;
 }

@@ -8,7 +8,7 @@ namespace fewbit::linear {
 template <class Codes, class Mode>
 struct ChunkScales {
   using C = ChunkOf<Codes>;
-  static constexpr int bytes = Mode::folds ? C::segments * 2 : C::segments / Mode::unit * Mode::scaleBytes;
+  static constexpr int bytes = kScaleBytes<Codes, Mode>;
   static constexpr int words = bytes < 4 ? 1 : bytes / 4;
   uint32_t scale[2][words], zero[2][words];
 
@@ -26,7 +26,7 @@ struct ChunkScales {
   }
   __device__ __forceinline__ void load(const SkinnyParams& p, const uint8_t* shared, const SkinnyShared& at, int slot, int row,
                                        int chunk) {
-    const int pitch = scalePitch(p);
+    const int pitch = scalePitch<Codes, Mode>(p);
     const uint8_t* begin = shared + at.scales + slot * 16 * pitch * (Mode::floatZero ? 2 : 1);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -89,7 +89,7 @@ struct Worker {
 #pragma unroll 1
       for (int s = 0; s < walk.stagesOfTile; s++) {
         barrierAwait(&barriers.full[place.stage], place.parity);
-        multiply(tile, s * kWorkers + warp, slot, mine + place.stage * C::stageBytes);
+        multiply(tile, s * kWorkers<Codes> + warp, slot, mine + place.stage * C::stageBytes);
         __syncwarp();
         if (lane == 0) barrierArrive(&barriers.empty[place.stage]);
         place.advance(p.stages);
@@ -99,7 +99,7 @@ struct Worker {
       }
       const int copy = turn % 2;
       if (turn >= 2) barrierAwait(&barriers.stored[copy], turn / 2 % 2 ^ 1);  // what was there two turns ago
-      store(exchange + (copy * kWorkers + warp) * sheet);
+      store(exchange + (copy * kWorkers<Codes> + warp) * sheet);
       barrierArrive(&barriers.summed[copy]);
     }
   }

@@ -55,31 +55,89 @@ __device__ __forceinline__ float greatest(float a, float b) {
 }
 
 /**
- * Division of several numbers by one. `ordinary` divisors take the steps of a hardware division without its exceptions: the quotient is rounded
- * to nearest where it has a code other than zero's, which is above 2^-40 in all formats of 8 bits, so that nothing on the way is subnormal.
+ * x over a divisor by the steps of a hardware division without its exceptions: rounded to nearest where nothing on the way is subnormal or
+ * overflows. `inverse` is that of the divisor, rounded to nearest or nearly so. A zero loses its sign.
+ */
+__device__ __forceinline__ float quotient(float x, float divisor, float inverse) {
+  const float first = x * inverse;
+  const float second = fmaf(fmaf(-divisor, first, x), inverse, first);
+  return fmaf(fmaf(-divisor, second, x), inverse, second);
+}
+__device__ __forceinline__ float inverseOf(float a) {
+  float guess;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(a));
+  return fmaf(fmaf(-a, guess, 1.0f), guess, guess);
+}
+
+/**
+ * Division of several numbers by one. `ordinary` divisors take `quotient`, which is exact where it has a code other than zero's: that is
+ * above 2^-40 in all formats of 8 bits.
  */
 struct Divisor {
   float divisor, inverse, most;
   bool ordinary;
 
-  __device__ __forceinline__ Divisor(float a, float top) : divisor(a), most(2.0f * top * a) {
+  __device__ __forceinline__ Divisor(float a, float top) : divisor(a), inverse(inverseOf(a)), most(2.0f * top * a) {
     ordinary = a > 0x1p-60f && a < 0x1p+60f && top < 0x1p+40f;
-    float guess;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(a));
-    inverse = fmaf(fmaf(-a, guess, 1.0f), guess, guess);
   }
   /** x over an ordinary divisor. What lies beyond twice the largest code comes no larger than that; NaN stays. */
   __device__ __forceinline__ float under(float x) const {
     const float cut = least(greatest(x, -most), most);
-    const float first = cut * inverse;
-    const float second = fmaf(fmaf(-divisor, first, cut), inverse, first);
-    // A zero keeps its sign.
-    return copysignf(fmaf(fmaf(-divisor, second, cut), inverse, second), cut);
+    return copysignf(quotient(cut, divisor, inverse), cut);
   }
 };
 
+/**
+ * Division of a row's numbers by a scale of that row: NaN, infinite or normal and below 2^120, no number much larger than 2^10 scales. Without
+ * branches: of small scales a power of two is taken out, and an infinite one becomes the one whose inverse is flushed to zero.
+ */
+struct RowDivisor {
+  float power, divisor, inverse;
+
+  __device__ __forceinline__ explicit RowDivisor(float scale) : power(scale < 0x1p-60f ? 0x1p+80f : 1.0f) {
+    divisor = least(scale * power, 0x1p+127f);
+    inverse = inverseOf(divisor);
+  }
+  __device__ __forceinline__ float under(float x) const { return copysignf(quotient(x * power, divisor, inverse), x); }
+};
+
+constexpr float kLeastNormal = 1.17549435e-38f;
+
+/**
+ * The scale of a row whose largest magnitude, which may be NaN, makes `steps` steps: rounded to nearest if `least` is normal and `steps` a
+ * whole number, or `least` so large that what a division leaves over is a float32.
+ */
+__device__ __forceinline__ float rowScale(float largest, float steps, float inverse, float least) {
+  // `quotient` makes NaN of infinity.
+  const float scale = largest == bitcast<float>(kInfinity) ? largest : quotient(largest, steps, inverse);
+  return scale < least ? least : scale;
+}
+
 // A call: few divisors are not ordinary.
 __device__ __noinline__ static float4 quotients(float4 x, float a) { return make_float4(div(x.x, a), div(x.y, a), div(x.z, a), div(x.w, a)); }
+
+/** Four codes of e4m3, the first one lowest. What is beyond the largest one is cut. */
+__device__ __forceinline__ u32 e4m3Codes(float4 x) {
+#if __CUDA_ARCH__ >= 890
+  const auto pair = [](float low, float high) -> u32 {
+    return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+  };
+  return pair(x.x, x.y) | pair(x.z, x.w) << 16;
+#else
+  const auto code = [](float value) -> u32 { return detail::encode_e4m3(value); };
+  return code(x.x) | code(x.y) << 8 | code(x.z) << 16 | code(x.w) << 24;
+#endif
+}
+
+/** An integer code before it is cut to its bits; that of NaN is 0. */
+__device__ __forceinline__ u32 integerCode(float x, float a, float b, float min, float max) {
+  const float steps = add(rintf(mul(x, a)), b);
+  return static_cast<u32>(static_cast<int>(least(greatest(steps, min), max)));
+}
+/** The lowest bytes of four numbers. */
+__device__ __forceinline__ u32 packBytes(u32 a, u32 b, u32 c, u32 d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
 
 /** Four codes, the first one lowest. A NaN of `x` is as the rule has it. */
 template <Coder CODER>
@@ -99,15 +157,7 @@ __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, fl
     if (divides && divisor.ordinary) scaled = make_float4(divisor.under(x.x), divisor.under(x.y), divisor.under(x.z), divisor.under(x.w));
     else if (divides) scaled = quotients(x, a);
     else scaled = make_float4(mul(x.x, a), mul(x.y, a), mul(x.z, a), mul(x.w, a));
-#if __CUDA_ARCH__ >= 890
-    // What the conversion to e4m3 cuts by itself is not cut before.
-    if (CODER == Coder::e4m3) {
-      const auto pair = [](float low, float high) -> u32 {
-        return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
-      };
-      return pair(scaled.x, scaled.y) | pair(scaled.z, scaled.w) << 16;
-    }
-#endif
+    if (CODER == Coder::e4m3) return e4m3Codes(scaled);
     Codec codec = rule.element;
     codec.kind = CodecKind::real;
     const int bits = codec.bits;
@@ -117,14 +167,11 @@ __device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, fl
     return low | static_cast<u64>(high) << 2 * bits;
   }
   if (CODER == Coder::integers) {
-    const u32 mask = rule.element.mask();
-    const auto code = [&](float value) {
-      const float steps = add(rintf(mul(value, a)), b);
-      // NaN stays NaN, whose conversion is 0.
-      return static_cast<u32>(static_cast<int>(least(greatest(steps, rule.min), rule.max))) & mask;
-    };
     const int bits = rule.element.bits;
-    if (bits == 8) return code(x.x) | code(x.y) << 8 | code(x.z) << 16 | code(x.w) << 24;
+    const auto whole = [&](float value) { return integerCode(value, a, b, rule.min, rule.max); };
+    if (bits == 8) return packBytes(whole(x.x), whole(x.y), whole(x.z), whole(x.w));
+    const u32 mask = rule.element.mask();
+    const auto code = [&](float value) { return whole(value) & mask; };
     const u32 low = code(x.x) | code(x.y) << bits, high = code(x.z) | code(x.w) << bits;
     return low | static_cast<u64>(high) << 2 * bits;
   }
@@ -147,6 +194,11 @@ __device__ __forceinline__ void storeCodes(u32* row, int at, int bits, u64 codes
     std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(row) + static_cast<i64>(at) * (bits / 2);
     for (int i = 0; i < bits / 2; i++) bytes[i] = static_cast<std::uint8_t>(codes >> 8 * i);
   }
+}
+
+/** The bits of the largest magnitude, which compare as integers do: those of a NaN are the largest. */
+__device__ __forceinline__ u32 largestOf(float4 x) {
+  return bitcast<u32>(greatest(greatest(fabsf(x.x), fabsf(x.y)), greatest(fabsf(x.z), fabsf(x.w))));
 }
 
 /** As `groupKeys` over a whole warp. */

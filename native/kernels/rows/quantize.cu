@@ -13,8 +13,6 @@ enum class Grain : int {
   tensor,  // one for all rows, chosen before: what encoding needs of it lies in scratch
 };
 
-__device__ __forceinline__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
-
 __device__ __forceinline__ float4 relu(float4 x) {
   const auto one = [](float value) { return value < 0.0f ? 0.0f : value; };
   return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));
@@ -79,15 +77,11 @@ __device__ __forceinline__ Keys keysOf(const float4 (&x)[FOURS], const Place& pl
 }
 
 /** What is left of a row's last sixteen bytes is zeros. */
-__device__ __forceinline__ void endRow(u32* out, const QuantizeJob& job, int bits, const Place& place) {
+__device__ __forceinline__ void endRow(u32* out, int k, int rowStride, int bits, const Place& place) {
   std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(out);
-  for (int at = job.k / 4 * bits / 2 + place.lane; at < job.rowStride * 4; at += place.lanes) bytes[at] = 0;
+#pragma unroll 1
+  for (int at = k / 4 * bits / 2 + place.lane; at < rowStride * 4; at += place.lanes) bytes[at] = 0;
 }
-
-/** What the threads of a row, or the blocks of a cluster, tell each other to norm it. */
-struct Sums {
-  float warps[32], blocks[kCluster];
-};
 
 /** The fours of a row that a thread keeps: the input, or what the fused ops before the quantize make of it. */
 template <int FOURS>
@@ -96,37 +90,24 @@ struct Values {
   float4 weight[FOURS], x[FOURS];
 
   /** Before the predecessor is complete. */
-  __device__ __forceinline__ void prefetch(const Input& in, const Place& place) {
-    if (kEarly && in.kind == InputKind::norm) {
+  __device__ __forceinline__ void prefetch(const float* weights, const Place& place) {
 #pragma unroll
-      for (int i = 0; i < FOURS; i++)
-        if (place.holds(i)) weight[i] = loadFour(in.weight + place.element(i), true);
-    }
+    for (int i = 0; i < FOURS; i++)
+      if (kEarly && place.holds(i)) weight[i] = loadFour(weights + place.element(i), true);
   }
-
+  __device__ __forceinline__ void norm(const float* weights, const Place& place, bool cluster, int width, float eps, Sums& sums) {
+    const float factor = normFactor(x, place, cluster, width, eps, sums);
+#pragma unroll
+    for (int i = 0; i < FOURS; i++)
+      if (place.holds(i)) x[i] = normed(x[i], factor, kEarly ? weight[i] : loadFour(weights + place.element(i), true));
+  }
   __device__ __forceinline__ void make(const Input& in, const Place& place, const Share& share, bool aligned, Sums& sums) {
     const i64 row = place.row;
 #pragma unroll
     for (int i = 0; i < FOURS; i++)
       x[i] = place.holds(i) ? loadFour(in.a + in.aAt.at(row, place.element(i)), aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (in.kind == InputKind::norm) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < FOURS; i++) sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
-      sum = teamSum(sum, place, sums.warps);
-      if (share.cluster > 1) {
-        if (threadIdx.x < kCluster) tell(reinterpret_cast<u32*>(&sums.blocks[blockIdx.y]), threadIdx.x, bitcast<u32>(sum));
-        clusterSync();
-        sum = 0.0f;
-        for (int block = 0; block < kCluster; block++) sum += sums.blocks[block];
-      }
-      const float factor = 1.0f / sqrtf(sum / static_cast<float>(in.width) + in.eps);
-#pragma unroll
-      for (int i = 0; i < FOURS; i++) {
-        if (!place.holds(i)) continue;
-        const float4 scaled = make_float4(x[i].x * factor, x[i].y * factor, x[i].z * factor, x[i].w * factor);
-        x[i] = times(scaled, kEarly ? weight[i] : loadFour(in.weight + place.element(i), true));
-      }
+      norm(in.weight, place, share.cluster > 1, in.width, in.eps, sums);
     } else if (in.kind != InputKind::plain) {
 #pragma unroll
       for (int i = 0; i < FOURS; i++) {
@@ -147,7 +128,7 @@ __global__ void __launch_bounds__(kMostThreads) extremes(const __grid_constant__
   releaseSuccessor();
   const Place place(share, job.k);
   Values<FOURS> values;
-  values.prefetch(job.in, place);
+  if (job.in.kind == InputKind::norm) values.prefetch(job.in.weight, place);
   const bool inside = place.row < job.rows.at(symbols);
   awaitPredecessor();
   if (!inside) return;
@@ -164,13 +145,19 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
                                                          const Grain grain, const bool aligned, const u32* symbols) {
   __shared__ Sums sums;
   __shared__ Keys found[32];
-  __shared__ Keys foundByBlocks[kCluster];
+  __shared__ Exchange<2> foundByBlocks;
   releaseSuccessor();
-  if (share.cluster > 1) clusterSync();  // a block's shared memory is written by others only once it runs
+  if (share.cluster > 1) {
+    if (threadIdx.x == 0) {
+      sums.blocks.open(1);
+      foundByBlocks.open(2);
+    }
+    clusterSync();
+  }
   const Place place(share, job.k);
   constexpr bool kScaled = CODER != Coder::bfloat && CODER != Coder::half;
   Values<FOURS> values;
-  values.prefetch(job.in, place);
+  if (job.in.kind == InputKind::norm) values.prefetch(job.in.weight, place);
   if (kScaled) touch(job.rule);
   const bool direct = CODER == Coder::e4m3 && job.rule.kind == RuleKind::amax;  // no call, which takes its way through all rules
   if (kScaled && FOURS == 1 && !direct && job.given == nullptr) {
@@ -203,11 +190,11 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
       all = keysOf(x, place, found);
       if (share.cluster > 1) {
         if (threadIdx.x < kCluster) {
-          tell(&foundByBlocks[blockIdx.y].low, threadIdx.x, all.low);
-          tell(&foundByBlocks[blockIdx.y].high, threadIdx.x, all.high);
+          foundByBlocks.send(threadIdx.x, 0, all.low);
+          foundByBlocks.send(threadIdx.x, 1, all.high);
         }
-        clusterSync();
-        for (int block = 0; block < kCluster; block++) all.merge(foundByBlocks[block]);
+        foundByBlocks.await();
+        for (const auto& block : foundByBlocks.words) all.merge({block[0], block[1]});
       }
     }
     if (direct)
@@ -233,46 +220,114 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
 #pragma unroll kUnroll
   for (int i = 0; i < FOURS; i++)
     if (place.holds(i)) storeCodes(out, place.element(i) / 4, bits, fourCodes<CODER>(job.rule, x[i], parameters[i].x, parameters[i].y));
-  if (place.first + share.width >= job.k) endRow(out, job, bits, place);
+  if (place.first + share.width >= job.k) endRow(out, job.k, job.rowStride, bits, place);
 }
 
-/** What most activations are: rows with one scale each that is chosen here, of values as they lie or behind relu. */
-bool isCommon(const QuantizeJob& job, Grain grain, const Share& share, bool aligned) {
+/** Rows that have one scale each, a float32 chosen here from the largest magnitude, of values as they lie, behind relu or a norm. */
+struct RowsJob {
+  Extent rows;
+  const float *a, *weight;
+  Columns aAt;
+  u32* out;
+  float* scales;
+  int k, rowStride;
+  float eps;
+  bool relu;
+  int passes;            // of threads with one four; 2: with a rehearsal
+  float floor;           // magnitudes are no less
+  float steps, inverse;  // magnitude over scale
+  float least;           // scales are no less
+  float min, max;        // integer codes
+};
+
+/** Whether a job is one of those; the scales are those of the rules amax and affine. */
+bool fits(const QuantizeJob& job, Grain grain, bool aligned) {
+  const Rule& rule = job.rule;
   const InputKind kind = job.in.kind;
-  if (coderOf(job.rule) == Coder::e4m3 && job.rule.kind != RuleKind::amax) return false;
-  return grain == Grain::row && job.given == nullptr && job.height == 1 && job.rule.outerKind != 1 && share.cluster == 1 && aligned &&
-         (kind == InputKind::plain || (kind == InputKind::unary && job.in.fn == Unary::relu));
+  if (grain != Grain::row || job.given != nullptr || job.height != 1 || !aligned) return false;
+  if (kind != InputKind::plain && kind != InputKind::norm && (kind != InputKind::unary || job.in.fn != Unary::relu)) return false;
+  if (rule.dtype != Type::f32 || rule.scale.kind != CodecKind::real || rule.scale.bits != 32 || rule.outerKind != 0) return false;
+  if (rule.kind == RuleKind::amax) return rule.guarded && !rule.power && rule.ceiling == bitcast<float>(kInfinity);
+  return rule.kind == RuleKind::affine && rule.zeroKind == ZeroKind::none && rule.mapping == Mapping::symmetric && rule.oneSided == 0 &&
+         rule.element.bits == 8 && rule.eps >= 0x1p-100f;
 }
 
-/** `quantize` of those alone: a multiprocessor has a handful of such rows, and the rest of that code would be most of their time. */
-template <Coder CODER, int FOURS>
-__global__ void __launch_bounds__(kMostThreads) quantizeCommon(const __grid_constant__ QuantizeJob job, const __grid_constant__ Share share,
-                                                               const u32* symbols) {
-  __shared__ Keys found[32];
-  if (CODER == Coder::e4m3) __builtin_assume(job.rule.kind == RuleKind::amax);
+RowsJob rowsJob(const QuantizeJob& job, int passes) {
+  const Input& in = job.in;
+  const Rule& rule = job.rule;
+  const bool amax = rule.kind == RuleKind::amax;
+  const float steps = amax ? rule.top : rule.span;
+  return {job.rows, in.a, in.weight, in.aAt, job.out, reinterpret_cast<float*>(job.out + job.scaleAt), job.k, job.rowStride, in.eps,
+          in.kind == InputKind::unary, passes, amax ? rule.floor : 0.0f, steps, 1.0f / steps, amax ? kLeastNormal : rule.eps,
+          rule.min, rule.max};
+}
+
+/**
+ * `quantize` of those alone. Few rows are a matter of latency, most of it that of code that no multiprocessor has read: where blocks wait for
+ * a predecessor anyway, they first go through all of it with ones for input, and store nothing.
+ */
+template <Coder CODER, int FOURS, bool NORM, bool CLUSTER>
+__global__ void __launch_bounds__(kMostThreads) quantizeRows(const __grid_constant__ RowsJob job, const __grid_constant__ Share share,
+                                                             const u32* symbols) {
+  __shared__ u32 found[2][kWarp];  // of each pass
+  __shared__ Sums sums[2];
+  __shared__ Exchange<kWarp> exchanges[2];
   releaseSuccessor();
-  const Place place(share, job.k);
-  touch(job.rule);
-  const bool inside = place.row < job.rows.at(symbols);
-  awaitPredecessor();
-  if (!inside) return;
-  const float* row = job.in.a + job.in.aAt.at(place.row, 0);
-  float4 x[FOURS];
-#pragma unroll
-  for (int i = 0; i < FOURS; i++) x[i] = place.holds(i) ? loadFour(row + place.element(i), true) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  if (job.in.kind == InputKind::unary) {
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) x[i] = relu(x[i]);
+  if (CLUSTER) {
+    if (threadIdx.x == 0) {
+      for (int pass = 0; pass < 2; pass++) {
+        if (NORM) sums[pass].blocks.open(1);
+        exchanges[pass].open(share.threads / kWarp);
+      }
+    }
+    clusterSync();
   }
-  const Keys all = keysOf(x, place, found);
-  const Chosen chosen = CODER == Coder::e4m3 ? job.rule.chooseAmax(all.lo(), all.hi(), nullptr) : chosenOf(job, place.row, all, 1.0f);
-  if (place.lane == 0) job.store(place.row, chosen);
+  const Place place(share, job.k);
+  Values<FOURS> values;
+  float4(&x)[FOURS] = values.x;
+  if (NORM) values.prefetch(job.weight, place);
+  const bool inside = place.row < job.rows.at(symbols);
+  i64 from = job.aAt.at(place.row, place.element(0));
   u32* out = job.out + place.row * job.rowStride;
-  const int bits = CODER == Coder::e4m3 ? 8 : job.rule.element.bits;
+  asm volatile("" : "+l"(from));  // it is known before the wait
+#pragma unroll 1
+  for (int pass = FOURS == 1 ? job.passes : 1; pass > 0; pass--) {
+    const bool real = pass == 1;
+    if (real) awaitPredecessor();
+    if (!inside) continue;
+    const float other = real ? 0.0f : 1.0f;
 #pragma unroll
-  for (int i = 0; i < FOURS; i++)
-    if (place.holds(i)) storeCodes(out, place.four(i), bits, fourCodes<CODER>(job.rule, x[i], chosen.a, chosen.b));
-  endRow(out, job, bits, place);
+    for (int i = 0; i < FOURS; i++)
+      x[i] = real && place.holds(i) ? loadFour(job.a + from + 4 * i * place.lanes, true) : make_float4(other, other, other, other);
+    if (NORM) {
+      values.norm(job.weight, place, CLUSTER, job.k, job.eps, sums[pass - 1]);
+    } else if (job.relu) {
+#pragma unroll
+      for (int i = 0; i < FOURS; i++) x[i] = relu(x[i]);
+    }
+    u32 most = 0u;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) most = ::max(most, largestOf(x[i]));
+    const float largest = bitcast<float>(CLUSTER ? clusterMost(most, place, exchanges[pass - 1]) : teamMost(most, place, found[pass - 1]));
+    const float scale = rowScale(largest < job.floor ? job.floor : largest, job.steps, job.inverse, job.least);
+    if (real && place.element(0) == 0) job.scales[place.row] = isNan(scale) ? bitcast<float>(kNan) : scale;
+    const auto store = [&](auto code) {
+#pragma unroll
+      for (int i = 0; i < FOURS; i++) {
+        const u32 codes = code(x[i]);
+        if (real && place.holds(i)) out[place.element(i) / 4] = codes;
+      }
+    };
+    if constexpr (CODER == Coder::e4m3) {
+      const RowDivisor by(scale);
+      store([&](float4 v) { return e4m3Codes(make_float4(by.under(v.x), by.under(v.y), by.under(v.z), by.under(v.w))); });
+    } else {
+      const float inverse = __frcp_rn(scale);
+      const auto code = [&](float value) { return integerCode(value, inverse, 0.0f, job.min, job.max); };
+      store([&](float4 v) { return packBytes(code(v.x), code(v.y), code(v.z), code(v.w)); });
+    }
+    if (real && place.first + share.width >= job.k) endRow(out, job.k, job.rowStride, 8, place);
+  }
 }
 
 bool inFours(const Input& in) { return general::inFours(in.aAt) && (in.b == nullptr || general::inFours(in.bAt)); }
@@ -287,12 +342,25 @@ cudaError_t start(const Launch& launch, const QuantizeJob& job) {
   // For the scale of a tensor a row is normed as `extremes` did: in one block.
   const Share share = shareRows(rows, job.k, whole, *launch.context, grain == Grain::none || grain == Grain::row);
   return withFours(share.fours, [&](auto fours) {
-    if constexpr ((CODER == Coder::e4m3 || CODER == Coder::integers) && fours.value > 1) {
-      if (isCommon(job, grain, share, aligned))
-        return launchOverlapped(launch, quantizeCommon<CODER, fours.value>, share.grid(rows), share.threads, 0, job, share,
-                                launch.deviceSymbols);
+    constexpr int kFours = fours.value;
+    if constexpr (CODER == Coder::e4m3 || CODER == Coder::integers) {
+      if (fits(job, grain, aligned)) {
+        const dim3 grid = share.grid(rows);
+        const bool few = static_cast<int>(grid.x * grid.y) <= launch.context->sms;
+        const auto by = [&](auto kernel) {
+          return launchClusters(launch, kernel, grid, dim3(1, share.cluster), share.threads, 0,
+                                rowsJob(job, few && launch.context->overlaps ? 2 : 1), share, launch.deviceSymbols);
+        };
+        const bool norm = job.in.kind == InputKind::norm;
+        if (share.cluster > 1) {
+          // A thread of a cluster has one four.
+          if constexpr (kFours == 1) return by(norm ? quantizeRows<CODER, 1, true, true> : quantizeRows<CODER, 1, false, true>);
+        } else {
+          return by(norm ? quantizeRows<CODER, kFours, true, false> : quantizeRows<CODER, kFours, false, false>);
+        }
+      }
     }
-    return launchClusters(launch, quantize<CODER, fours.value>, share.grid(rows), dim3(1, share.cluster), share.threads, 0, job, share,
+    return launchClusters(launch, quantize<CODER, kFours>, share.grid(rows), dim3(1, share.cluster), share.threads, 0, job, share,
                           grain, aligned, launch.deviceSymbols);
   });
 }

@@ -76,24 +76,62 @@ struct Place {
   __device__ int element(int i) const { return first + 4 * four(i); }
 };
 
-/** The sum over a team, for all its threads. `shared` is used once. */
-__device__ __forceinline__ float teamSum(float x, const Place& place, float* shared) {
-  x = warpSum(x);
+/** What `warp` makes of a warp's values, over a team, for all its threads; `none` changes no result. `shared` is used once. */
+template <class T, class Warp>
+__device__ __forceinline__ T teamReduce(T x, const Place& place, T* shared, T none, Warp warp) {
+  x = warp(x);
   if (place.lanes == kWarp) return x;
-  const int warps = place.lanes / kWarp, lane = threadIdx.x % kWarp;
-  if (lane == 0) shared[threadIdx.x / kWarp] = x;
+  const int warps = place.lanes / kWarp, lane = place.lane % kWarp;
+  if (lane == 0) shared[place.lane / kWarp] = x;
   __syncthreads();
-  return warpSum(lane < warps ? shared[lane] : 0.0f);
+  return warp(lane < warps ? shared[lane] : none);
+}
+__device__ __forceinline__ float teamSum(float x, const Place& place, float* shared) {
+  return teamReduce(x, place, shared, 0.0f, [](float value) { return warpSum(value); });
+}
+__device__ __forceinline__ Keys teamKeys(Keys keys, const Place& place, Keys* shared) {
+  return teamReduce(keys, place, shared, Keys(), [](Keys value) { return warpKeys(value); });
+}
+/** The largest number over a team, for all its threads. `shared` is used once. */
+__device__ __forceinline__ u32 warpMost(u32 x) { return __reduce_max_sync(kAll, x); }
+__device__ __forceinline__ u32 teamMost(u32 x, const Place& place, u32* shared) { return teamReduce(x, place, shared, 0u, warpMost); }
+/** The largest number over the blocks of a cluster: each warp sends its own to all blocks. */
+__device__ __forceinline__ u32 clusterMost(u32 x, const Place& place, Exchange<kWarp>& exchange) {
+  const int warps = place.lanes / kWarp, lane = place.lane % kWarp;
+  x = warpMost(x);
+  if (lane < kCluster) exchange.send(lane, place.lane / kWarp, x);
+  exchange.await();
+  if (lane < warps) {
+#pragma unroll
+    for (int block = 0; block < kCluster; block++) x = ::max(x, exchange.words[block][lane]);
+  }
+  return warpMost(x);
 }
 
-/** The extremes over a team, for all its threads. `shared` is used once. */
-__device__ __forceinline__ Keys teamKeys(Keys keys, const Place& place, Keys* shared) {
-  keys = warpKeys(keys);
-  if (place.lanes == kWarp) return keys;
-  const int warps = place.lanes / kWarp, lane = threadIdx.x % kWarp;
-  if (lane == 0) shared[threadIdx.x / kWarp] = keys;
-  __syncthreads();
-  return warpKeys(lane < warps ? shared[lane] : Keys());
+/** What the threads of a row, or the blocks of a cluster, tell each other to norm it. */
+struct Sums {
+  float warps[kWarp];
+  Exchange<1> blocks;
+};
+
+/** 1 over the root of a row's mean square, of which a thread has `x` and zeros. */
+template <int FOURS>
+__device__ __forceinline__ float normFactor(const float4 (&x)[FOURS], const Place& place, bool cluster, int width, float eps, Sums& sums) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < FOURS; i++) sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
+  sum = teamSum(sum, place, sums.warps);
+  if (cluster) {
+    if (threadIdx.x < kCluster) sums.blocks.send(threadIdx.x, 0, bitcast<u32>(sum));
+    sums.blocks.await();
+    sum = 0.0f;
+    for (int block = 0; block < kCluster; block++) sum += bitcast<float>(sums.blocks.words[block][0]);
+  }
+  return 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
+}
+__device__ __forceinline__ float4 times(float4 x, float4 y) { return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w); }
+__device__ __forceinline__ float4 normed(float4 x, float factor, float4 weight) {
+  return times(make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor), weight);
 }
 
 /** Calls `body` with the number of fours as a constant. */
