@@ -139,17 +139,21 @@ __device__ __forceinline__ u32 packBytes(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-/** Four codes, the first one lowest. A NaN of `x` is as the rule has it. */
+/** Four numbers as bf16 or f16, the first one lowest. */
 template <Coder CODER>
-__device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, float b) {
+__device__ __forceinline__ u64 halfCodes(float4 x) {
   if (CODER == Coder::bfloat) {
     const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
     return bitcast<u32>(low) | static_cast<u64>(bitcast<u32>(high)) << 32;
   }
-  if (CODER == Coder::half) {
-    const __half2 low = __floats2half2_rn(x.x, x.y), high = __floats2half2_rn(x.z, x.w);
-    return bitcast<u32>(low) | static_cast<u64>(bitcast<u32>(high)) << 32;
-  }
+  const __half2 low = __floats2half2_rn(x.x, x.y), high = __floats2half2_rn(x.z, x.w);
+  return bitcast<u32>(low) | static_cast<u64>(bitcast<u32>(high)) << 32;
+}
+
+/** Four codes, the first one lowest. A NaN of `x` is as the rule has it. */
+template <Coder CODER>
+__device__ __forceinline__ u64 fourCodes(const Rule& rule, float4 x, float a, float b) {
+  if (CODER == Coder::bfloat || CODER == Coder::half) return halfCodes<CODER>(x);
   if (CODER == Coder::e4m3 || CODER == Coder::floats) {
     const bool divides = rule.kind == RuleKind::amax;
     const Divisor divisor(a, rule.top);

@@ -78,9 +78,11 @@ __device__ __forceinline__ void decodeRing(const Params& p) {
   constexpr int kTile = G::kKeys, kWarps = G::kWarps;
   extern __shared__ __align__(1024) uint8_t raw[];
   releaseSuccessor();
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if constexpr (Joined) cg::this_cluster().barrier_arrive();
-#endif
+  __shared__ uint64_t came;
+  if constexpr (Joined) {
+    if (threadIdx.x == 0) cluster::open(&came, kGiven<Size>);
+    cluster::arrive();
+  }
   const Seen seen(p);
   const int warp = threadIdx.x / 32, plane = blockIdx.y, block = blockIdx.z, rows = seen.tokens * p.group;
   const bool any = block * Rows < rows;
@@ -124,11 +126,12 @@ __device__ __forceinline__ void decodeRing(const Params& p) {
   worker.finish(join + warp * Rows * kLine<Size>);
   __syncthreads();
   const Held held{p, seen, plane, block * Rows, min(Rows, rows - block * Rows)};
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if constexpr (Joined) cg::this_cluster().barrier_wait();
-#endif
-  if constexpr (Joined) joinCluster<Size, Rows, kWarps>(held, join, reinterpret_cast<float*>(raw + G::kGivenAt));
-  else joinSplits<Size, Rows, kWarps>(held, join, cut.used);
+  if constexpr (Joined) {
+    cluster::meet();
+    joinCluster<Size, Rows, kWarps>(held, join, reinterpret_cast<float*>(raw + G::kGivenAt), &came);
+  } else {
+    joinSplits<Size, Rows, kWarps>(held, join, cut.used);
+  }
 }
 
 template <class C, int Size, int Rows>

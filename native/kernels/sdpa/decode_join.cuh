@@ -1,13 +1,10 @@
 // How what warps, blocks and splits have of a query row becomes its result. Always in the same order, so that results repeat.
 #pragma once
-#include <cooperative_groups.h>
-
 #include "decode_tile.cuh"
+#include "fewbit/cluster.cuh"
 
 namespace fewbit::sdpa {
 namespace {
-
-namespace cg = cooperative_groups;
 
 /** The rows of a block: `held` of them, from row `first` of KV head `plane`. */
 struct Held {
@@ -17,18 +14,19 @@ struct Held {
 };
 
 /**
- * Joins the lines of a block's warps into one a row, `to(r)`, relative to the greatest of their tops. A group of `Size` threads makes one at
- * a time.
+ * Joins the lines of a block's warps into one a row, relative to the greatest of their tops, and puts each two floats of it: `put(r, i, two)`. A
+ * group of `Size` / 2 threads makes one at a time.
  */
-template <int Size, int Rows, int Warps, class To>
-__device__ __forceinline__ void joinWarps(const float* warps, int held, To to) {
-  constexpr int kAtOnce = Warps * 32 / Size;
-  const int d = threadIdx.x % Size;
+template <int Size, int Rows, int Warps, class Put>
+__device__ __forceinline__ void joinWarps(const float* warps, int held, Put put) {
+  constexpr int kAtOnce = Warps * 32 / (Size / 2);
+  const int d = threadIdx.x % (Size / 2) * 2;
 #pragma unroll
   for (int first = 0; first < Rows; first += kAtOnce) {
-    const int r = first + threadIdx.x / Size;
+    const int r = first + threadIdx.x / (Size / 2);
     if (r >= held) continue;
-    float most = -INFINITY, total = 0.f, y = 0.f;
+    float most = -INFINITY, total = 0.f;
+    float2 y = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < Warps; n++) most = fmaxf(most, warps[(n * Rows + r) * kLine<Size> + Size]);
 #pragma unroll
@@ -36,15 +34,13 @@ __device__ __forceinline__ void joinWarps(const float* warps, int held, To to) {
       const float* from = warps + (n * Rows + r) * kLine<Size>;
       // A top of minus infinity goes with a sum of zero, or NaN.
       const float factor = from[Size] == -INFINITY ? from[Size + 1] : exp2Fast((from[Size] - most) * kLog2e);
+      const float2 two = *reinterpret_cast<const float2*>(from + d);
       total = fmaf(from[Size + 1], factor, total);
-      y = fmaf(from[d], factor, y);
+      y.x = fmaf(two.x, factor, y.x);
+      y.y = fmaf(two.y, factor, y.y);
     }
-    float* line = to(r);
-    line[d] = y;
-    if (d == 0) {
-      line[Size] = most;
-      line[Size + 1] = total;
-    }
+    put(r, d, y);
+    if (d == 0) put(r, Size, make_float2(most, total));
   }
 }
 
@@ -91,21 +87,22 @@ __device__ __forceinline__ void finish(const Held& rows, int r, int d, int count
   else reinterpret_cast<float2*>(p.out)[to / 2] = result;
 }
 
-/** Joins a block's warps, and gives row r to block r of its cluster, which finishes it. All blocks of the cluster have begun. */
+/** Bytes of a row that the blocks of a cluster give to one of them. */
+template <int Size>
+constexpr int kGiven = kCluster * kLine<Size> * 4;
+
+/** Joins a block's warps, and gives row r to block r of its cluster, which finishes it. All blocks of the cluster have begun, and `came` is open. */
 template <int Size, int Rows, int Warps>
-__device__ __forceinline__ void joinCluster(const Held& rows, const float* warps, float* given) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const cg::cluster_group cluster = cg::this_cluster();
-  joinWarps<Size, Rows, Warps>(warps, rows.count, [&](int r) {
-    return cluster.map_shared_rank(given + cluster.block_rank() * kLine<Size>, r);
+__device__ __forceinline__ void joinCluster(const Held& rows, const float* warps, float* given, uint64_t* came) {
+  joinWarps<Size, Rows, Warps>(warps, rows.count, [&](int r, int i, float2 two) {
+    cluster::send(reinterpret_cast<float2*>(given + blockIdx.x * kLine<Size> + i), came, r, two);
   });
-  cluster.sync();
   const int r = blockIdx.x;
-  if (r < rows.count && threadIdx.x < Size / 2)
-    finish<Size, kCluster>(rows, r, 2 * threadIdx.x, kCluster, [&](int n, int i) {
-      return *reinterpret_cast<const float2*>(given + n * kLine<Size> + i);
-    });
-#endif
+  if (r >= rows.count || threadIdx.x >= Size / 2) return;
+  cluster::await(came);
+  finish<Size, kCluster>(rows, r, 2 * threadIdx.x, kCluster, [&](int n, int i) {
+    return *reinterpret_cast<const float2*>(given + n * kLine<Size> + i);
+  });
 }
 
 /**
@@ -118,8 +115,11 @@ __device__ __forceinline__ void joinSplits(const Held& rows, float* warps, int u
   const Params& p = rows.p;
   const int d = threadIdx.x % (Size / 2) * 2, at = blockIdx.z * gridDim.y + blockIdx.y;
   float* mine = warps + Warps * Rows * kLine<Size>;
+  const auto putTo = [](float* lines) {
+    return [lines](int r, int i, float2 two) { *reinterpret_cast<float2*>(lines + r * kLine<Size> + i) = two; };
+  };
   if (used == 1) {
-    joinWarps<Size, Rows, Warps>(warps, rows.count, [&](int r) { return mine + r * kLine<Size>; });
+    joinWarps<Size, Rows, Warps>(warps, rows.count, putTo(mine));
     __syncthreads();
     for (int r = threadIdx.x / (Size / 2); r < rows.count; r += kAtOnce)
       finish<Size, 1>(rows, r, d, 1, [&](int, int i) { return *reinterpret_cast<const float2*>(mine + r * kLine<Size> + i); });
@@ -127,7 +127,7 @@ __device__ __forceinline__ void joinSplits(const Held& rows, float* warps, int u
   }
   constexpr int kPart = Rows * kLine<Size>;
   float* parts = p.parts + static_cast<int64_t>(at) * gridDim.x * kPart;
-  joinWarps<Size, Rows, Warps>(warps, rows.count, [&](int r) { return parts + blockIdx.x * kPart + r * kLine<Size>; });
+  joinWarps<Size, Rows, Warps>(warps, rows.count, putTo(parts + blockIdx.x * kPart));
   __threadfence();
   __syncthreads();
   __shared__ bool last;
