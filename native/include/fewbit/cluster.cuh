@@ -10,12 +10,16 @@ namespace fewbit::cluster {
 
 __device__ __forceinline__ uint32_t own(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
-/** By one thread, before its `arrive`: so many bytes will be sent to this block, once. */
+/** By all threads of a block, before they `arrive`: so many bytes will be sent to it, once. */
 __device__ __forceinline__ void open(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(own(barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(own(barrier)), "r"(bytes) : "memory");
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(own(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();  // one thread does both, but racecheck takes the first for all of its warp
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(own(barrier)), "r"(bytes) : "memory");
 #endif
 }
 

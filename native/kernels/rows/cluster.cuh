@@ -31,7 +31,7 @@ struct Exchange {
   std::uint64_t barrier;
   u32 words[kCluster][WORDS];
 
-  /** By one thread, before the blocks meet and any `send`: how many words each block sends. */
+  /** By all threads, before the blocks meet and any `send`: how many words each block sends. */
   __device__ __forceinline__ void open(int count) { cluster::open(&barrier, 4 * kCluster * count); }
   /** As this block's word `index`, to `block`. */
   __device__ __forceinline__ void send(int block, int index, u32 value) {

@@ -85,10 +85,8 @@ __global__ void __launch_bounds__(kMostThreads) quantize(const __grid_constant__
   __shared__ Exchange<2> foundByBlocks;
   releaseSuccessor();
   if (share.cluster > 1) {
-    if (threadIdx.x == 0) {
-      sums.blocks.open(1);
-      foundByBlocks.open(2);
-    }
+    sums.blocks.open(1);
+    foundByBlocks.open(2);
     cluster::arrive();
     cluster::meet();
   }

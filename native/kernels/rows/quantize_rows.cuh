@@ -62,11 +62,9 @@ __global__ void __launch_bounds__(kMostThreads) quantizeRows(const __grid_consta
   __shared__ Exchange<kWarp> exchanges[2];
   releaseSuccessor();
   if (CLUSTER) {
-    if (threadIdx.x == 0) {
-      for (int pass = 0; pass < 2; pass++) {
-        if (NORM) sums[pass].blocks.open(1);
-        if (kScaled) exchanges[pass].open(share.threads / kWarp);
-      }
+    for (int pass = 0; pass < 2; pass++) {
+      if (NORM) sums[pass].blocks.open(1);
+      if (kScaled) exchanges[pass].open(share.threads / kWarp);
     }
     cluster::arrive();
     cluster::meet();

@@ -80,7 +80,7 @@ __device__ __forceinline__ void decodeRing(const Params& p) {
   releaseSuccessor();
   __shared__ uint64_t came;
   if constexpr (Joined) {
-    if (threadIdx.x == 0) cluster::open(&came, kGiven<Size>);
+    cluster::open(&came, kGiven<Size>);
     cluster::arrive();
   }
   const Seen seen(p);
