@@ -39,6 +39,7 @@ struct Digits {
   static constexpr bool sumsX = Mode::floatZero || Mode::loads;
   /** Whether codes of 4 bits stay in pairs: where lanes load 64 of them at once, whose scales come with them. */
   static constexpr bool pairs = Codes::bits == 4 && !Mode::loads;
+  static_assert(!pairs || block == 64);
   static constexpr int range = pairs ? 18 : 22;  // powers of two from an element of a unit to its largest
   static constexpr int octetsOfChunk = C::k / 8, octetsOfUnit = unit / 8;
   /** 1.5 * 2^23 as a float: an integer below 2^22 added to its bits is added to its value. Sums of 128 codes are below that. */

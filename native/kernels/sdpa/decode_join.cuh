@@ -87,10 +87,6 @@ __device__ __forceinline__ void finish(const Held& rows, int r, int d, int count
   else reinterpret_cast<float2*>(p.out)[to / 2] = result;
 }
 
-/** Bytes of a row that the blocks of a cluster give to one of them. */
-template <int Size>
-constexpr int kGiven = kCluster * kLine<Size> * 4;
-
 /** Joins a block's warps, and gives row r to block r of its cluster, which finishes it. All blocks of the cluster have begun, and `came` is open. */
 template <int Size, int Rows, int Warps>
 __device__ __forceinline__ void joinCluster(const Held& rows, const float* warps, float* given, uint64_t* came) {

@@ -27,6 +27,9 @@ struct Row {
 /** Floats of a finished piece of a row: its output, the greatest score, the sum of its weights. */
 template <int Size>
 constexpr int kLine = Size + 2;
+/** Bytes of a row that the blocks of a cluster give to one of them. */
+template <int Size>
+constexpr int kGiven = kCluster * kLine<Size> * 4;
 
 /** Rows `Stride` bytes apart; `byte` lies in the block of 128 bytes of that number. */
 template <int Stride>
@@ -67,7 +70,7 @@ struct Ring {
   static constexpr int kJoin = (kWarps + 1) * 8 * kLine<Size> * 4;
   /** What a block of a cluster is given by the others comes behind the rest. */
   static constexpr int kGivenAt = kWarps * kStages * kBytes > kJoin ? kWarps * kStages * kBytes : kJoin;
-  static constexpr int kShared = kGivenAt + (Joined ? kCluster * kLine<Size> * 4 : 0);
+  static constexpr int kShared = kGivenAt + (Joined ? kGiven<Size> : 0);
   static_assert(kShared <= 160 * 1024, "sdpa-decode.ts asks devices for that much");
   static __device__ Stage stage(uint8_t* at) {
     return {at,           at + kValues, at + kScaleAt, at + kScaleAt + kKeys * R::kScales,
