@@ -165,6 +165,14 @@ export function linearRows(formats: readonly Format[]): Row[] {
     mxfp4,
   ].entries())
     add("wide", format, { n: 37, k: 1024 }, { ...wide, quick: i === 0 });
+  // A row that fills much of a block's memory.
+  for (const format of [
+    withScale(int4_tinygemm, { block: [1, 64] }),
+    withScale(int4_tinygemm, { block: [1, 128] }),
+    byRow(int8),
+    byRow(float8_e4m3),
+  ])
+    add("long_row", format, { n: 37, k: 14336 }, { activation: bf16, runs: FEW });
   // Some tens of rows, along a K that blocks share between them and walk over in several turns.
   for (const format of [withScale(int4_tinygemm, { block: [1, 64] }), byRow(int8), FORMATS.nvfp4])
     add("long", format, { n: 40, k: 8192 }, { activation: bf16, runs: [{ T: 16 }, { T: 32 }, { T: 100 }] });

@@ -13,8 +13,7 @@ __device__ __forceinline__ __nv_bfloat162 asPair(uint32_t word) { return reinter
 /** Pairs (0, 1), (2, 3), (4, 5), (6, 7): the order of most decoders; `first` is the first code of a pair, `apart` the second's distance. */
 struct Natural {
   static constexpr int spread = 16;   // bytes of a row of codes that four lanes read at once, as Chunk is told
-  static constexpr int workers = 8;   // warps of a block of the skinny kernels that multiply
-  static constexpr int inFlight = 2;  // stages of their ring that are best on their way at a time (bench/NOTES.md)
+  static constexpr int inFlight = 2;  // stages of the skinny kernels' ring that are best on their way at a time (bench/NOTES.md)
   static constexpr bool folds = false;  // whether scales may multiply the pairs
   static constexpr bool interleaved = false;
   static constexpr int apart = 1;
@@ -22,7 +21,7 @@ struct Natural {
 };
 /** Pairs (0, 4), (1, 5), (2, 6), (3, 7): every fourth code of 4 bits lies 16 bits apart. */
 struct Interleaved {
-  static constexpr int workers = 8, inFlight = 1;
+  static constexpr int inFlight = 1;
   static constexpr bool interleaved = true;
   static constexpr int apart = 4;
   __device__ static constexpr int first(int pair) { return pair; }
@@ -88,7 +87,7 @@ struct IntCodes : Natural {
  */
 struct SignedBytes {
   static constexpr bool folds = false;
-  static constexpr int bits = 8, apart = 2, spread = 64, workers = 8, inFlight = 2;
+  static constexpr int bits = 8, apart = 2, spread = 64, inFlight = 2;
   __device__ __forceinline__ static uint32_t flipOf(const Element&) { return 0; }
   /** Sixteen codes as bytes, from what lies at `at`. */
   __device__ __forceinline__ static void bytes(const uint8_t* at, uint32_t, uint32_t (&out)[4]) {
@@ -251,12 +250,6 @@ struct Bf16Codes : Natural {
     out[2] = four.z;
     out[3] = four.w;
   }
-};
-
-/** The same for blocks that have a multiprocessor each, because x takes so much of shared memory. */
-template <class Codes>
-struct Alone : Codes {
-  static constexpr int workers = 16;
 };
 
 /** Calls `use` with the decoder of a kind of codes. */

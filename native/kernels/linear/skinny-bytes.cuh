@@ -14,8 +14,8 @@ __device__ __forceinline__ void multiplyBytes(const Worker<Codes, Mode>& worker,
   constexpr int pieces = C::k / 16;  // of a chunk
   const uint8_t* row = p.x.at + m0 * p.x.stride + worker.walk.begin;
 #pragma unroll 1
-  for (int i = lane; i < (worker.walk.chunks - worker.warp + kWorkers<Codes> - 1) / kWorkers<Codes> * pieces; i += 32) {
-    const int k = (worker.warp + i / pieces * kWorkers<Codes>) * C::k + i % pieces * 16;
+  for (int i = lane; i < (worker.walk.chunks - worker.warp + kWorkers - 1) / kWorkers * pieces; i += 32) {
+    const int k = (worker.warp + i / pieces * kWorkers) * C::k + i % pieces * 16;
     copy16OrZeros(sharedAddress(x + k), row + k, worker.walk.begin + k < p.k);
   }
   copiesAwait();

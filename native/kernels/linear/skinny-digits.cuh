@@ -37,7 +37,7 @@ struct Digits {
   // Where powers begin, and sums of x where scales are loaded, and all, of a chunk.
   static constexpr int powers = units * 8, wholes = powers + (units + 3) / 4 * 4, ints = kDigitInts<Codes, Mode>;
   static constexpr bool sumsX = Mode::floatZero || Mode::loads;
-  /** Whether codes of 4 bits stay in pairs: where lanes load 64 of them at once, whose scales come with them. */
+  /** Whether codes of 4 bits, which then are stored without a sign, stay in pairs: where lanes load 64 of them at once, whose scales come with them. */
   static constexpr bool pairs = Codes::bits == 4 && !Mode::loads;
   static_assert(!pairs || block == 64);
   static constexpr int range = pairs ? 18 : 22;  // powers of two from an element of a unit to its largest
@@ -182,7 +182,7 @@ struct Digits {
     const int g = lane / 4, t = lane % 4;
     const uint8_t* x = shared + at.x + chunk * bytes;
     const int* of = reinterpret_cast<const int*>(shared + at.sums) + chunk * ints;
-    const uint32_t flip = pairs ? 0u : Codes::flipOf(p.element);
+    const uint32_t flip = Codes::flipOf(p.element);
     float power[(units + 3) / 4 * 4];
     if constexpr (units == 1) {
       power[0] = __int_as_float(of[powers]);
@@ -336,8 +336,8 @@ __device__ __forceinline__ void multiplyDigits(const Worker<Codes, Mode>& worker
         [&](int tile, int chunk, int, const uint8_t* codes) {
           // The next chunk's scales are asked for before this one's are used.
           const AnyScales scales = next;
-          const bool more = chunk + kWorkers<Codes> < walk.chunks;
-          load(more ? tile : tile + gridDim.x, more ? chunk + kWorkers<Codes> : warp);
+          const bool more = chunk + kWorkers < walk.chunks;
+          load(more ? tile : tile + gridDim.x, more ? chunk + kWorkers : warp);
           if (chunk < walk.chunks)
             of.add(p, worker.shared, worker.at, codes + lane / 4 * C::pitch, chunk, LoadedScales{p, scales, lane}, lane);
         },

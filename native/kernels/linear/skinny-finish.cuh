@@ -64,18 +64,11 @@ struct Finish {
   }
 };
 
-/** The sum of every `Step`th number from number `First` on, halves added first. */
-template <int First, int Step, int Count>
-__device__ __forceinline__ float sumOf(const float (&of)[Count]) {
-  if constexpr (First + Step >= Count) return of[First];
-  else return sumOf<First, 2 * Step>(of) + sumOf<First + Step, 2 * Step>(of);
-}
-
 /**
  * Adds up a tile's sums over the workers and the parts of x, and stores them, after `wait`. One of `kFinishers` warps; `sheets` are
  * the workers' copies.
  */
-template <class Codes, int Tiles, class Wait>
+template <int Tiles, class Wait>
 __device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sheets, int finisher, int m0, int n0, int rows,
                                           Wait wait) {
   constexpr int step = 32 * kFinishers(Tiles);
@@ -106,15 +99,19 @@ __device__ __forceinline__ void storeSums(const SkinnyParams& p, const float* sh
       if (p.promote == Promote::integer) {
         int exact = 0;
 #pragma unroll
-        for (int w = 0; w < kWorkers<Codes>; w++) exact += __float_as_int(column[w * sheet]);
+        for (int w = 0; w < kWorkers; w++) exact += __float_as_int(column[w * sheet]);
         sum = finishes ? static_cast<float>(exact) : __int_as_float(exact);
       } else {
 #pragma unroll 1
         for (int piece = pieces - 1; piece >= 0; piece--) {
-          float of[kWorkers<Codes>];
+          float of[kWorkers];
 #pragma unroll
-          for (int w = 0; w < kWorkers<Codes>; w++) of[w] = column[w * sheet + piece * p.columnsOfX * kPitch];
-          sum += sumOf<0, 1>(of);
+          for (int w = 0; w < kWorkers; w++) of[w] = column[w * sheet + piece * p.columnsOfX * kPitch];
+#pragma unroll
+          for (int apart = kWorkers / 2; apart > 0; apart /= 2)
+#pragma unroll
+            for (int w = 0; w < apart; w++) of[w] += of[w + apart];
+          sum += of[0];
         }
       }
       y[0] = part == 0 ? sum : y[0];

@@ -66,7 +66,7 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
     if (error != cudaSuccess) return error;
     allowedHere = shared;
   }
-  const cudaError_t error = launchOverlapped(launch, skinny<Codes, Tiles, Mode>, grid, kThreads<Codes>(Tiles), shared, p);
+  const cudaError_t error = launchOverlapped(launch, skinny<Codes, Tiles, Mode>, grid, kThreads(Tiles), shared, p);
   if (error != cudaSuccess || slices == 1) return error;
   const int64_t outputs = int64_t(rows) * p.n;
   const int finishing = static_cast<int>(std::min<int64_t>((outputs + 255) / 256, device.sms * 8));
@@ -102,8 +102,8 @@ cudaError_t chooseTiles(const Launch& launch, SkinnyParams& p, int rows, uint64_
     if (p.columnsOfX * p.parts3 > 8) return launchSkinny<Codes, 4, Mode>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, SignedBytes> || (std::is_same_v<Codes, Int4Codes> && Mode::fixed)) {
-    if (inDigits(p) && digitsLeaveRoom<Codes, Mode>(launch, p)) return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
-    if (inDigits(p)) return launchSkinny<Alone<Codes>, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
+    if (inDigits(p) && (Codes::bits == 4 ? p.element.flip == 0 : digitsLeaveRoom<Codes, Mode>(launch, p)))
+      return launchSkinny<Codes, 1, InDigits<Mode>>(launch, p, rows, scratchBytes);
   }
   return launchSkinny<Codes, 1, Mode>(launch, p, rows, scratchBytes);
 }
@@ -159,9 +159,9 @@ cudaError_t chooseScaled(const Launch& launch, SkinnyParams& p, int rows, uint64
     }
   }
   if constexpr (std::is_same_v<Codes, Int4Codes>) {
-    if (p.element.flip == 0 && grouped<Codes>(launch, p, 2, ScaleCodec::bf16, true))
+    if (grouped<Codes>(launch, p, 2, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<2, true>>(launch, p, rows, scratchBytes);
-    if (p.element.flip == 0 && grouped<Codes>(launch, p, 4, ScaleCodec::bf16, true))
+    if (grouped<Codes>(launch, p, 4, ScaleCodec::bf16, true))
       return chooseTiles<Codes, Grouped<4, true>>(launch, p, rows, scratchBytes);
   }
   if constexpr (std::is_same_v<Codes, E2m1Codes>) {

@@ -87,28 +87,24 @@ struct InHalves : Plain {
 };
 
 /** Warps that multiply. They share each tile's K: warp i takes the chunks i, i + kWorkers, ... */
-template <class Codes>
-constexpr int kWorkers = Codes::workers;
+constexpr int kWorkers = 8;
 /** Warps that add up what workers found, and store it: so many for every other tile. */
 __host__ __device__ constexpr int kFinishers(int tiles) { return tiles == 1 ? 1 : 2; }
 /** The workers, one warp that fetches, and two groups of finishers. */
-template <class Codes>
-__host__ __device__ constexpr int kThreads(int tiles) {
-  return (kWorkers<Codes> + 1 + 2 * kFinishers(tiles)) * 32;
-}
+__host__ __device__ constexpr int kThreads(int tiles) { return (kWorkers + 1 + 2 * kFinishers(tiles)) * 32; }
 
 /** What a worker takes at a time: 16 rows of the weights, `k` elements wide; `Spread` is what four lanes read of a row at once. */
-template <int Bits, int Spread, int Workers>
+template <int Bits, int Spread>
 struct Chunk {
   static constexpr int segments = Bits == 16 ? 2 : Bits <= 4 ? 8 : 4;  // of 32 elements
   static constexpr int k = segments * 32;
   static constexpr int rowBytes = segments * 4 * Bits;
   /** A stage of the ring: one chunk a worker. The spread puts the rows that one load reads into different banks. */
-  static constexpr int pitch = Workers * rowBytes + Spread;
+  static constexpr int pitch = kWorkers * rowBytes + Spread;
   static constexpr int stageBytes = 16 * pitch;
 };
 template <class Codes>
-using ChunkOf = Chunk<Codes::bits, Codes::spread, Codes::workers>;
+using ChunkOf = Chunk<Codes::bits, Codes::spread>;
 
 __device__ __forceinline__ void multiply16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -165,7 +161,7 @@ __host__ __device__ inline int chunksOf(int count) {
 }
 template <class Codes>
 __host__ __device__ inline int stagesOfTile(int count) {
-  return (chunksOf<Codes>(count) + kWorkers<Codes> - 1) / kWorkers<Codes>;
+  return (chunksOf<Codes>(count) + kWorkers - 1) / kWorkers;
 }
 
 /** Bytes of x in shared memory from one segment of 32 elements to the next. */
@@ -224,7 +220,7 @@ __host__ __device__ inline SkinnyShared sharedOf(const SkinnyParams& p) {
   at.sums = at.x + segments * segmentBytes<Mode>(p);
   at.parts = at.sums + (p.floatZero || Mode::digits || Mode::halves ? segments / C::segments * sumsOfChunk<Codes, Tiles, Mode>(p) * 4 : 0);
   at.exchange = at.parts + (Mode::digits && Mode::floatZero ? segments / C::segments * kPartBytes : 0);
-  at.scales = at.exchange + size_t{2} * kWorkers<Codes> * sheetOf<Tiles>(p) * 4;
+  at.scales = at.exchange + size_t{2} * kWorkers * sheetOf<Tiles>(p) * 4;
   at.ring = at.scales + (Mode::scaleBytes > 0 ? size_t(p.scaleSlots) * 16 * scalePitch<Codes, Mode>(p) * (Mode::floatZero ? 2 : 1) : 0);
   at.total = at.ring + size_t(p.stages) * C::stageBytes + 16;  // fields of odd widths are read a word beyond their end
   return at;

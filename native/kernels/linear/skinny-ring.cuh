@@ -96,7 +96,7 @@ struct Walk {
         tiles((p.n + perTile - 1) / perTile),
         begin(blockIdx.y * p.kSlice),
         chunks(chunksOf<Codes>(min(p.kSlice, p.k - begin))),
-        stagesOfTile((chunks + kWorkers<Codes> - 1) / kWorkers<Codes>) {}
+        stagesOfTile((chunks + kWorkers - 1) / kWorkers) {}
 };
 
 /** One warp fetches all that the block reads of the weights, as far ahead as the ring has room. */
@@ -134,8 +134,8 @@ __device__ __forceinline__ void fetchWeights(const SkinnyParams& p, uint8_t* sha
       }
       uint8_t* stageAt = shared + at.ring + place.stage * C::stageBytes;
       const uint32_t stage = sharedAddress(stageAt);
-      const int from = s * (kWorkers<Codes> * C::rowBytes);
-      const int wanted = min(walk.chunks - s * kWorkers<Codes>, kWorkers<Codes>) * C::rowBytes;
+      const int from = s * (kWorkers * C::rowBytes);
+      const int wanted = min(walk.chunks - s * kWorkers, kWorkers) * C::rowBytes;
       const int bytes = min(wanted, static_cast<int>(p.rowBytes) - sliceBytes - from);
 #if __CUDA_ARCH__ >= 900
       if (leads) barrierExpect(full, 16 * bytes);

@@ -136,10 +136,10 @@ __device__ __forceinline__ void multiplyStored(const Worker<Codes, Mode>& worker
         } else {
           // The next chunk's scales are asked for before this one's are used.
           AnyScales scales = next;
-          const bool more = chunk + kWorkers<Codes> < walk.chunks;
+          const bool more = chunk + kWorkers < walk.chunks;
           const int nextTile = more ? tile : tile + gridDim.x;
           if (nextTile < walk.tiles)
-            next.load(p, walk.perTile, promotions, nextTile, walk.begin + (more ? chunk + kWorkers<Codes> : warp) * C::k, lane);
+            next.load(p, walk.perTile, promotions, nextTile, walk.begin + (more ? chunk + kWorkers : warp) * C::k, lane);
           if (chunk < walk.chunks)
             multiplyAny<Codes, Tiles>(p, walk.perTile, of, scales, codes, x, sums + chunk * sumsPitch, columnAt, tile,
                                       walk.begin + chunk * C::k, lane);

@@ -89,7 +89,7 @@ struct Worker {
 #pragma unroll 1
       for (int s = 0; s < walk.stagesOfTile; s++) {
         barrierAwait(&barriers.full[place.stage], place.parity);
-        multiply(tile, s * kWorkers<Codes> + warp, slot, mine + place.stage * C::stageBytes);
+        multiply(tile, s * kWorkers + warp, slot, mine + place.stage * C::stageBytes);
         __syncwarp();
         if (lane == 0) barrierArrive(&barriers.empty[place.stage]);
         place.advance(p.stages);
@@ -99,7 +99,7 @@ struct Worker {
       }
       const int copy = turn % 2;
       if (turn >= 2) barrierAwait(&barriers.stored[copy], turn / 2 % 2 ^ 1);  // what was there two turns ago
-      store(exchange + (copy * kWorkers<Codes> + warp) * sheet);
+      store(exchange + (copy * kWorkers + warp) * sheet);
       barrierArrive(&barriers.summed[copy]);
     }
   }

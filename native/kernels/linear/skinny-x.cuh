@@ -24,8 +24,8 @@ struct Octets {
   static constexpr int ofChunk = C::k / 8;
   int warp, count;
   __device__ __forceinline__ Octets(const Walk<Codes>& walk, int warp)
-      : warp(warp), count(walk.chunks > warp ? (walk.chunks - warp + kWorkers<Codes> - 1) / kWorkers<Codes> * ofChunk : 0) {}
-  __device__ __forceinline__ int chunk(int octet) const { return warp + octet / ofChunk * kWorkers<Codes>; }
+      : warp(warp), count(walk.chunks > warp ? (walk.chunks - warp + kWorkers - 1) / kWorkers * ofChunk : 0) {}
+  __device__ __forceinline__ int chunk(int octet) const { return warp + octet / ofChunk * kWorkers; }
   __device__ __forceinline__ int k(int octet) const { return chunk(octet) * C::k + octet % ofChunk * 8; }
   /** Bytes from the first octet of the first column in shared memory. */
   __device__ __forceinline__ int at(int octet, int columns) const {

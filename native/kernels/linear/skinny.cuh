@@ -22,7 +22,7 @@
 namespace fewbit::linear {
 
 template <class Codes, int Tiles, class Mode>
-__global__ void __launch_bounds__(kThreads<Codes>(Tiles)) __maxnreg__(Tiles == 1 ? 64 : 128)
+__global__ void __launch_bounds__(kThreads(Tiles)) __maxnreg__(Tiles == 1 ? 64 : 128)
     skinny(const __grid_constant__ SkinnyParams p) {
   using C = ChunkOf<Codes>;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(kThreads<Codes>(Tiles)) __maxnreg__(Tiles == 1
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; i++) {
       barrierInit(&barriers.full[i], 32);
-      barrierInit(&barriers.empty[i], kWorkers<Codes>);
+      barrierInit(&barriers.empty[i], kWorkers);
     }
     for (int i = 0; i < 2; i++) {
-      barrierInit(&barriers.summed[i], kWorkers<Codes> * 32);
+      barrierInit(&barriers.summed[i], kWorkers * 32);
       barrierInit(&barriers.stored[i], kFinishers(Tiles) * 32);
     }
 #if __CUDA_ARCH__ >= 900
@@ -54,18 +54,18 @@ __global__ void __launch_bounds__(kThreads<Codes>(Tiles)) __maxnreg__(Tiles == 1
 
   float* exchange = reinterpret_cast<float*>(shared + at.exchange);
   const int sheet = sheetOf<Tiles>(p);
-  if (warp == kWorkers<Codes>) {
+  if (warp == kWorkers) {
     fetchWeights<Codes, Tiles, Mode>(p, shared, at, walk);
     return;
   }
   awaitPredecessor();
-  if (warp > kWorkers<Codes>) {
-    const int group = (warp - kWorkers<Codes> - 1) / kFinishers(Tiles);  // which of two tiles, and of two copies of sums
-    const float* sheets = exchange + group * kWorkers<Codes> * sheet;
+  if (warp > kWorkers) {
+    const int group = (warp - kWorkers - 1) / kFinishers(Tiles);  // which of two tiles, and of two copies of sums
+    const float* sheets = exchange + group * kWorkers * sheet;
     uint32_t parity = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x + group * gridDim.x; tile < walk.tiles; tile += 2 * gridDim.x, parity ^= 1) {
-      storeSums<Codes, Tiles>(p, sheets, (warp - kWorkers<Codes> - 1) % kFinishers(Tiles), m0, tile * walk.perTile, rows,
+      storeSums<Tiles>(p, sheets, (warp - kWorkers - 1) % kFinishers(Tiles), m0, tile * walk.perTile, rows,
                        [&] { barrierAwait(&barriers.summed[group], parity); });
       barrierArrive(&barriers.stored[group]);
     }
