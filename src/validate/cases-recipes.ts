@@ -62,14 +62,16 @@ export const RECIPES: Readonly<Record<OpName, Recipe>> = {
         y = graph.one("binary", [graph.input("residual", dense("f32", ["T", n])), y], { fn: "add" }, "sum");
       return sketch.done({ y: rounded(y), ...quantized });
     },
-    inputs: ({ shape, options }, run, seed) => ({
-      x: floats([run.T as number, at(shape, "k")], seed),
-      ...(options?.wide ? { x: spreadOut(floats([run.T as number, at(shape, "k")], seed)) } : {}),
-      ...(options?.heads ? headCaches(shape, seed) : {}),
-      ...(options?.qkv ? { cache: randomTensor(FORMATS.f32, [(at(shape, "n") / 16) * 64, 16], seed + 2) } : {}),
-      ...(options?.residual ? { residual: floats([run.T as number, at(shape, "n")], seed + 1, 4) } : {}),
-      ...(options?.chain ? { residual: floats([run.T as number, at(shape, "k")], seed + 1, 4) } : {}),
-    }),
+    inputs: ({ shape, options }, run, seed) => {
+      const drawn = floats([run.T as number, at(shape, "k")], seed);
+      return {
+        x: options?.wide ? spreadOut(drawn) : drawn,
+        ...(options?.heads ? headCaches(shape, seed) : {}),
+        ...(options?.qkv ? { cache: randomTensor(FORMATS.f32, [(at(shape, "n") / 16) * 64, 16], seed + 2) } : {}),
+        ...(options?.residual ? { residual: floats([run.T as number, at(shape, "n")], seed + 1, 4) } : {}),
+        ...(options?.chain ? { residual: floats([run.T as number, at(shape, "k")], seed + 1, 4) } : {}),
+      };
+    },
   },
 
   conv2d: {
