@@ -178,9 +178,8 @@ struct E4m3Codes : Natural {
 /** The same, for products in f16. */
 struct E4m3Halves : E4m3Codes {
   static constexpr int spread = 64, inFlight = 2;
-  /** Sixteen codes as pairs of f16, from what lies at `at`. */
-  __device__ __forceinline__ static void halves(const uint8_t* at, uint32_t (&out)[8]) {
-    const uint4 four = *reinterpret_cast<const uint4*>(at);
+  /** Sixteen codes as pairs of f16. */
+  __device__ __forceinline__ static void halves(const uint4& four, uint32_t (&out)[8]) {
     const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < 8; i++) {

@@ -21,23 +21,27 @@ struct Halves {
   }
   __device__ __forceinline__ void setPower(int chunk, float power) const { powers[chunk * kPowerFloats] = power; }
 
-  /** Codes of x that are read as the weights' are: two octets of them become f16 at once. */
+  /** Codes of x that are read as the weights' are: sixteen of them, two octets, become f16 at once. */
   __device__ __forceinline__ void stageCodes(const SkinnyParams& p, uint8_t* target, const Walk<Codes>& walk, const Octets<Codes>& octets,
                                              const uint8_t* row) const {
-    const int first = threadIdx.x % 32 * 2;
-    const auto rawOf = [&](int octet) { return target + octets.at(octet, 1) + 16; };
+    constexpr int batch = 4;  // of them that a lane asks for at once
 #pragma unroll 1
-    for (int octet = first; octet < octets.count; octet += 64) {
-      const int k = walk.begin + octets.k(octet);
-      copy16OrZeros(sharedAddress(rawOf(octet)), row + k, k < p.k);
-    }
-    copiesAwait();
-#pragma unroll 1
-    for (int octet = first; octet < octets.count; octet += 64) {
-      uint32_t halves[8];
-      Codes::halves(rawOf(octet), halves);
-      store(rawOf(octet) - 16, halves);
-      if (octet % Octets<Codes>::ofChunk == 0) setPower(octets.chunk(octet), 1.0f);
+    for (int first = threadIdx.x % 32 * 2; first < octets.count; first += 64 * batch) {
+      uint4 raw[batch];
+#pragma unroll
+      for (int b = 0; b < batch; b++) {
+        const int octet = first + b * 64, k = walk.begin + octets.k(octet);
+        raw[b] = octet < octets.count && k < p.k ? __ldcg(reinterpret_cast<const uint4*>(row + k)) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int b = 0; b < batch; b++) {
+        const int octet = first + b * 64;
+        if (octet >= octets.count) break;
+        uint32_t halves[8];
+        Codes::halves(raw[b], halves);
+        store(target + octets.at(octet, 1), halves);
+        if (octet % Octets<Codes>::ofChunk == 0) setPower(octets.chunk(octet), 1.0f);
+      }
     }
   }
   /** Octets of bf16, which lie where they become f16. */
@@ -78,8 +82,8 @@ struct Halves {
 #pragma unroll
     for (int block = 0; block < C::k / 64; block++) {
       uint32_t low[8], high[8];
-      Codes::halves(codes + block * 64 + t * 16, low);
-      Codes::halves(codes + 8 * C::pitch + block * 64 + t * 16, high);
+      Codes::halves(*reinterpret_cast<const uint4*>(codes + block * 64 + t * 16), low);
+      Codes::halves(*reinterpret_cast<const uint4*>(codes + 8 * C::pitch + block * 64 + t * 16), high);
       const uint4* b = reinterpret_cast<const uint4*>(of + block * 128 + t * 32);
 #pragma unroll
       for (int j = 0; j < 2; j++) {
