@@ -65,26 +65,43 @@ function randomWeights(graph) {
   };
 }
 
-/** Queries and probabilities of every sdpa declared bf16, as the inputs of linears are. */
-function withBf16Attention(graph) {
+/** A graph whose every node is what `change(node, quantized)` makes of it; `quantized(id, shape, attrs)` is the value of a quantize before it. */
+function rewritten(graph, change) {
   const values = [...graph.values];
   const nodes = graph.nodes.flatMap((node) => {
-    const [q, ...rest] = node.inputs;
-    const type = values[q]?.type;
-    if (node.op !== "sdpa" || type.kind !== "dense") return [node];
-    const { heads } = node.attrs;
-    const [tokens, width] = type.shape;
-    const format = FORMATS.bf16;
-    const id = values.length;
-    const stored = { kind: "format", format, shape: [tokens, heads, width / heads] };
-    values.push({ id, name: `${values[q].name}.bf16`, role: "value", type: stored });
-    return [
-      { op: "quantize", inputs: [q], outputs: [id], attrs: { format, heads } },
-      { ...node, inputs: [id, ...rest], attrs: { ...node.attrs, probabilities: BF16_PROBABILITIES } },
-    ];
+    const before = [];
+    const quantized = (id, shape, attrs) => {
+      const { format } = attrs;
+      const made = { id: values.length, name: `${values[id].name}.${format.name}`, role: "value" };
+      values.push({ ...made, type: { kind: "format", format, shape } });
+      before.push({ op: "quantize", inputs: [id], outputs: [made.id], attrs });
+      return made.id;
+    };
+    const changed = change(node, values, quantized);
+    return [...before, changed];
   });
   return { ...graph, values, nodes };
 }
+
+/** Queries and probabilities of every sdpa declared bf16, as the inputs of linears are. */
+const withBf16Attention = (graph) =>
+  rewritten(graph, (node, values, quantized) => {
+    const [q, ...rest] = node.inputs;
+    const type = values[q]?.type;
+    if (node.op !== "sdpa" || type.kind !== "dense") return node;
+    const { heads } = node.attrs;
+    const [tokens, width] = type.shape;
+    const stored = quantized(q, [tokens, heads, width / heads], { format: FORMATS.bf16, heads });
+    return { ...node, inputs: [stored, ...rest], attrs: { ...node.attrs, probabilities: BF16_PROBABILITIES } };
+  });
+
+/** The input of the head in the format that those of other linears have: `buildDecoder` leaves it float32. */
+const withHeadInput = (graph, format) =>
+  rewritten(graph, (node, values, quantized) => {
+    const [x, ...rest] = node.inputs;
+    if (node.op !== "linear" || values[node.outputs[0]].name !== "logits") return node;
+    return { ...node, inputs: [quantized(x, values[x].type.shape, { format }), ...rest] };
+  });
 
 /** Bytes and operations of a token and of a prompt, from the shapes. */
 function costs(config, formats, kv, { decode, prefill }) {
@@ -121,7 +138,9 @@ async function one(session, about, cases) {
     capacity,
     logits: "last",
   });
-  const graph = about.inputs === "bf16" ? withBf16Attention(decoder) : decoder;
+  const { activation } = formats(tensorSpecs(config).find(({ role }) => role === "head"));
+  const declared = activation === null ? decoder : withHeadInput(decoder, activation);
+  const graph = about.inputs === "bf16" ? withBf16Attention(declared) : declared;
   const { token, prompt } = costs(config, formats, kv, { decode, prefill });
   const predicted = {
     token: session.predict({ ...token, launches: 0 }),
