@@ -97,9 +97,14 @@ def product(recipe, m, n, k):
     raise ValueError(NO_KERNEL)
 
 
-def linear(recipe, m, n, k, copies=None):
+def copies(size):
+    """Pieces of the roofline that a run holds, as `copiesOf` in roofline.mjs."""
+    return min(16, math.ceil(160 * 2**20 / (4 * size**2)))
+
+
+def linear(recipe, m, n, k, count=None):
     work, make, size = product(recipe, m, n, k)
-    count = copies or min(16, max(2, math.ceil(160 * 2**20 / size)))
+    count = count or min(16, max(2, math.ceil(160 * 2**20 / size)))
     weights = [make() for _ in range(count)]
 
     def run():
@@ -134,13 +139,16 @@ def prompt(context, backend, heads, kvHeads, size):
 
 def compiled(recipe, size):
     """ReLU -> Linear as torch.compile makes it, with what is quantized on the fly: end to end, from bf16."""
-    x = normal(size, size)
-    if recipe == "none":
-        w = (normal(size, size) / math.sqrt(size),)
-    else:
-        w = llama.weight(recipe, size, size)
+    count = copies(size)
+    weight = lambda: (normal(size, size) / math.sqrt(size),) if recipe == "none" else llama.weight(recipe, size, size)
+    pieces = [(normal(size, size), *weight()) for _ in range(count)]
     work = torch.compile(lambda x, *w: llama.linear(recipe, F.relu(x), *w), dynamic=False)
-    return lambda: work(x, *w), 1, {"flops": 2 * size**3}
+
+    def run():
+        for piece in pieces:
+            work(*piece)
+
+    return run, count, {"flops": 2 * size**3}
 
 
 def model(cases):
@@ -185,8 +193,7 @@ elif BENCH == "roofline":
         for size in CASES["sizes"]:
             about = {"recipe": recipe, "peer_size": size}
             # Operands as they lie, of any scales: what quantizing costs is not in it.
-            copies = 2 if size < 8192 else 1
-            report(f"{recipe} {size}, product alone", lambda: linear(recipe, size, size, size, copies), work=f"{recipe}, product alone", **about)
+            report(f"{recipe} {size}, product alone", lambda: linear(recipe, size, size, size, copies(size)), work=f"{recipe}, product alone", **about)
             if recipe in COMPILED:
                 report(f"{recipe} {size}, compiled", lambda: compiled(recipe, size), work=f"{recipe}, relu and all, compiled", **about)
 elif BENCH == "sdpa":

@@ -113,6 +113,11 @@ void Device::free(uint32_t id) {
 }
 
 void Device::upload(void* to, const void* data, uint64_t bytes) {
+  if (bytes == 0) return;
+  if (bytes <= kFewBytes) {
+    check(storeFew(to, data, bytes, stream_), "uploading");
+    return;
+  }
   if (staging_.pointer == nullptr) {
     check(cudaHostAlloc(&staging_.pointer, kStaging, cudaHostAllocDefault), "allocating pinned memory");
     staging_.bytes = kStaging;
@@ -204,7 +209,10 @@ uint64_t Device::read(const std::vector<Piece>& pieces) {
   uint8_t* to = static_cast<uint8_t*>(job->block.pointer);
   for (const Piece& piece : pieces) {
     const auto* from = static_cast<const uint8_t*>(buffers_.at(piece.id).pointer) + piece.at;
-    if (const cudaError_t status = cudaMemcpyAsync(to, from, piece.bytes, cudaMemcpyDeviceToHost, stream_); status != cudaSuccess) {
+    const cudaError_t status = piece.bytes == 0           ? cudaSuccess
+                               : piece.bytes <= kFewBytes ? copyFew(to, from, piece.bytes, stream_)
+                                                          : cudaMemcpyAsync(to, from, piece.bytes, cudaMemcpyDeviceToHost, stream_);
+    if (status != cudaSuccess) {
       recycle(job->block);
       throw failure(status, "reading a buffer");
     }

@@ -164,9 +164,18 @@ class Device {
   uint64_t nextJob_ = 1;
 };
 
-/** Fills 32-bit words; fill.cu. */
 /** Whether the addon's code for the current device was made for compute capability 9 or more, as overlapped launches need. */
 bool waitsForPredecessors();
+/** Fills 32-bit words. */
 cudaError_t fillWords(uint32_t* words, uint64_t count, uint32_t value, cudaStream_t stream);
+
+/**
+ * Up to so many bytes are moved by kernels, which follow each other faster than the copy unit and they do: what is stored is a parameter, and
+ * what is copied goes to or from pinned memory.
+ */
+constexpr size_t kFewBytes = 256;
+/** Stores 1 to kFewBytes bytes of the host's; `data` is free again on return. */
+cudaError_t storeFew(void* to, const void* data, size_t bytes, cudaStream_t stream);
+cudaError_t copyFew(void* to, const void* from, size_t bytes, cudaStream_t stream);
 
 }  // namespace fewbit
