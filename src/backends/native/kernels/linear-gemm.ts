@@ -1,5 +1,5 @@
 import { roundUp } from "../../../core/shape.js";
-import { type Codec, codecName, extentOf, type Format, type ScaleLevel } from "../../../formats/format.js";
+import { type Codec, codecBits, codecName, extentOf, type Format, type ScaleLevel } from "../../../formats/format.js";
 import type { Requirement } from "../../../plan/select.js";
 import type { BoundStep } from "../../../plan/step.js";
 import type { Capabilities } from "../../backend.js";
@@ -55,6 +55,12 @@ function asStored(bound: BoundStep, device: Capabilities): Plan | string {
     ? plan
     : "float8 tensor cores keep 14 bits of a sum, which the linear does not declare (fastAccum)";
 }
+
+/** Of those, what has elements of 8 bits, and what has elements of 16. */
+const asStoredBytes: Make = (bound, device) =>
+  codecBits(formatsOf(bound).weight.element) === 8 ? asStored(bound, device) : "its weights are no bytes";
+const asStoredHalves: Make = (bound, device) =>
+  codecBits(formatsOf(bound).weight.element) === 16 ? asStored(bound, device) : "its weights have no 16 bits";
 
 /** What the library takes of those. */
 export function asLibrary(bound: BoundStep, device: Capabilities): Plan | string {
@@ -212,7 +218,9 @@ function scratchBytes(bound: BoundStep, plan: Plan, { leavesProducts }: Multipli
 
 type Make = (bound: BoundStep, device: Capabilities) => Plan | string;
 
-function row(id: string, by: Multiplier, make: Make, rank: Pick<NativeKernel, "efficiency" | "rowTile">): NativeKernel {
+type Rank = Pick<NativeKernel, "efficiency" | "latency" | "rowTile">;
+
+function row(id: string, by: Multiplier, make: Make, rank: Rank): NativeKernel {
   const planOf = (bound: BoundStep, device: Capabilities): Plan => {
     const plan = make(bound, device);
     if (typeof plan === "string") throw new TypeError(`${id} was built for a step it refuses: ${plan}`);
@@ -267,6 +275,8 @@ const finished: Requirement = {
 };
 const LIBRARY_ALONE: Multiplier = { ...LIBRARY, requires: [...LIBRARY.requires, finished] };
 
+/** The library's kernels do not begin before the one before them has ended. */
+const latency = 0.7e-6;
 /** Rows of x of a tile of Hopper's products. */
 const rowTile = 128;
 const wholeBytes = "an element takes several bf16 numbers";
@@ -277,7 +287,8 @@ const wholeHalves = "an element takes several f16 numbers";
  * of an H100 (bench/NOTES.md).
  */
 export const GEMM_KERNELS: readonly NativeKernel[] = [
-  row("cuda/linear/wgmma", HOPPER, asStored, { efficiency: { bandwidth: 0.4, compute: 0.62 }, rowTile }),
+  row("cuda/linear/wgmma", HOPPER, asStoredHalves, { efficiency: { bandwidth: 0.4, compute: 0.62 }, rowTile }),
+  row("cuda/linear/wgmma_bytes", HOPPER, asStoredBytes, { efficiency: { bandwidth: 0.55, compute: 0.62 }, rowTile }),
   row("cuda/linear/wgmma_s8", HOPPER, asBytes, { efficiency: { bandwidth: 0.3, compute: 0.85 }, rowTile }),
   row("cuda/linear/wgmma_bf16", HOPPER, only(asBf16, whole, wholeBytes), {
     efficiency: { bandwidth: 0.12, compute: 0.55 },
@@ -288,7 +299,7 @@ export const GEMM_KERNELS: readonly NativeKernel[] = [
     rowTile,
   }),
   row("cuda/linear/cublaslt_blocks", BLOCK_SCALING, asBlocks, { efficiency: { bandwidth: 0.35, compute: 0.9 } }),
-  row("cuda/linear/cublaslt", LIBRARY_ALONE, asLibrary, { efficiency: { bandwidth: 0.8, compute: 0.67 } }),
+  row("cuda/linear/cublaslt", LIBRARY_ALONE, asLibrary, { efficiency: { bandwidth: 0.8, compute: 0.67 }, latency }),
   row("cuda/linear/cublaslt_finish", LIBRARY, asLibrary, { efficiency: { bandwidth: 0.35, compute: 0.55 } }),
   row("cuda/linear/cublaslt_s8", LIBRARY, asBytes, { efficiency: { bandwidth: 0.3, compute: 0.8 } }),
   row("cuda/linear/cublaslt_bf16", LIBRARY, only(asBf16, whole, wholeBytes), {
