@@ -56,8 +56,10 @@ cudaError_t launchSkinny(const Launch& launch, SkinnyParams p, int rows, uint64_
   const int perTile = 16 / p.parts;
   const int tiles = (p.n + perTile - 1) / perTile;
   const int layers = (rows + p.columnsOfX - 1) / p.columnsOfX;
-  // Where each of two blocks would have one tile, and its ring holds it, one takes both: the next kernel's rings fill beside it.
-  const bool small = tiles <= 2 * device.sms && stagesOfTile<Codes>(p.kSlice) <= stages;
+  // Where each of two blocks would have one tile, and its ring holds it, one takes both, if it multiplies fast enough: the next kernel's
+  // rings fill beside it.
+  constexpr bool fast = Mode::digits || Mode::bytes || Mode::halves;
+  const bool small = fast && tiles <= 2 * device.sms && stagesOfTile<Codes>(p.kSlice) <= stages;
   const int blocks = device.sms * (shared <= sharedForTwo(device) && !small ? 2 : 1);
   const dim3 grid(std::max(1, std::min(tiles, blocks / (slices * layers))), slices, layers);
   static size_t allowed[16] = {};  // per device: the attribute is set when a launch needs more than before
