@@ -1,18 +1,17 @@
 import { describe, expect, test } from "vitest";
-import { buildBucket } from "../../src/backends/native/bucket.js";
 import { codeFor, cudaCapabilities, H100, TRIALS, trialFeatures } from "../../src/backends/native/capabilities.js";
 import { BuildContext, type NativeDispatch, type NativeKernel } from "../../src/backends/native/kernel.js";
 import { GENERAL_KERNELS } from "../../src/backends/native/kernels/general-table.js";
 import { LINEAR_KERNELS } from "../../src/backends/native/kernels/linear-table.js";
-import { ROWS_KERNELS } from "../../src/backends/native/kernels/rows-table.js";
 import { storedLayout } from "../../src/backends/stored-layout.js";
 import { codecVector, type Format, formatKey, withScale } from "../../src/formats/format.js";
 import { FORMATS } from "../../src/formats/table.js";
 import { scaleGranularity } from "../../src/formats/tensor.js";
-import { dense, GraphBuilder, stored, type ValueId } from "../../src/ir/graph.js";
+import { dense, GraphBuilder, stored } from "../../src/ir/graph.js";
 import { makePlan, type Plan } from "../../src/plan/plan.js";
 import type { Choice } from "../../src/plan/select.js";
 import { BoundStep } from "../../src/plan/step.js";
+import { linearArguments } from "../support/native-linear.js";
 
 const hopper = cudaCapabilities(H100, ["cublaslt"]);
 const kernels = [...LINEAR_KERNELS, ...GENERAL_KERNELS];
@@ -56,77 +55,6 @@ function dispatchOf(made: Plan, on = hopper): NativeDispatch {
   return dispatch as NativeDispatch;
 }
 
-/** Reads args in the order of native/kernels/linear/arguments.hpp; answers with what tests look at. */
-function parse({ args, bindings, entry }: NativeDispatch) {
-  let at = 0;
-  const take = () => {
-    expect(at).toBeLessThan(args.length);
-    return args[at++] as number;
-  };
-  const skip = (count: number) => void Array.from({ length: count }, take);
-  const buffer = () => {
-    const index = take();
-    expect(index).toBeLessThan(bindings.length);
-    return index;
-  };
-  const blocks = () => {
-    const codec = take();
-    return codec === 0 ? null : { codec, offset: take(), rows: take(), k: take(), columns: take() };
-  };
-  const strided = () => (buffer() < 0 ? null : { stride: take(), column: take() });
-  const [kind, parts, n, k, rowBytes] = [take(), take(), take(), take(), take()];
-  skip(6); // flip, offset, integer zeros, mantissa, multiplier, float zeros
-  const weights = Array.from({ length: parts }, () => ({
-    buffer: buffer(),
-    scale: blocks(),
-    outer: blocks(),
-    zero: blocks(),
-  }));
-  buffer();
-  skip(4); // bits, half, stride, offset
-  const table = buffer();
-  const x = { table, scale: blocks(), outer: blocks(), zero: blocks(), rows: [take(), take()] };
-  const [fn, rounding] = [take(), take()];
-  const [out, residual, biases] = [strided(), strided(), [buffer(), buffer()]];
-  const rest = args.slice(at, at + (["linear/skinny", "linear/mixed"].includes(entry.name) ? 5 : 6));
-  skip(rest.length);
-  const scratch = buffer();
-  const skinny = entry.name === "linear/skinny";
-  const alike = skinny && take() === 1;
-  const count = skinny ? take() : 0;
-  const half = count > 0 ? 2 ** take() : 0;
-  const heads = Array.from({ length: count }, () => ({
-    heads: take(),
-    angles: bindings[buffer()],
-    position: take(),
-    rounding: take(),
-    out: bindings[buffer()],
-    offset: take(),
-    cache: take(),
-    keys: take(),
-  }));
-  expect(at).toBe(args.length);
-  return {
-    kind,
-    parts,
-    n,
-    k,
-    rowBytes,
-    weights,
-    x,
-    fn,
-    rounding,
-    out,
-    residual,
-    biases,
-    rest,
-    scratch,
-    alike,
-    half,
-    heads,
-  };
-}
-
 const activations = { dense: undefined, bf16: FORMATS.bf16, int8: FORMATS.int8, float8: FORMATS.float8_e4m3 } as const;
 const formats = Object.values(FORMATS).flatMap((format) => [
   format,
@@ -149,7 +77,7 @@ describe("linear on CUDA", () => {
           const made = plan({ weight, ...(x === undefined ? {} : { x }), ...shape });
           const { kernel } = chosen(made);
           if (!LINEAR_KERNELS.includes(kernel)) continue;
-          const read = parse(dispatchOf(made));
+          const read = linearArguments(dispatchOf(made));
           const { words, rowStride } = storedLayout(weight, [N, K]);
           expect([read.n, read.k, read.rowBytes, read.parts], formatKey(weight)).toEqual([
             N,
@@ -212,7 +140,7 @@ describe("linear on CUDA", () => {
       expect(reason(cudaCapabilities(blackwell, ["cublaslt"]))).toContain("FEWBIT_CUDA_TRIAL=blocks");
       expect(reason(hopper)).toContain("10.0");
       const program = plan(made, on);
-      const { rest, parts, k } = parse(dispatchOf(program, on));
+      const { rest, parts, k } = linearArguments(dispatchOf(program, on));
       expect([rest[0], parts, k]).toEqual([4, 2, 544]);
       // Scales of 300 rows fill 3 tiles of 128 down, those of 272 three as well; 512 bytes are 4 blocks of 128 rows.
       const tiles = Math.ceil(544 / (format === FORMATS.nvfp4 ? 16 : 32) / 4);
@@ -243,131 +171,21 @@ describe("linear on CUDA", () => {
       const format = FORMATS[name];
       const made = plan({ weight: format, x: format, rows: 4096, ...big });
       expect(["cuda/linear/wgmma_bf16", "cuda/linear/cublaslt_bf16"]).toContain(chosen(made).kernel.id);
-      const [carrier, xParts, wParts, scaledX, scaledW] = parse(dispatchOf(made)).rest;
+      const [carrier, xParts, wParts, scaledX, scaledW] = linearArguments(dispatchOf(made)).rest;
       expect([carrier, xParts, wParts, scaledX, scaledW]).toEqual([1, 1, 1, 1, 1]);
       // promote, unit, fold, separable, parts: the row's scales are no factor of it.
-      expect(parse(dispatchOf(plan({ weight: format, x: format }))).rest.slice(-2)).toEqual([0, 1]);
+      expect(linearArguments(dispatchOf(plan({ weight: format, x: format }))).rest.slice(-2)).toEqual([0, 1]);
     },
   );
 
   test("codes of x are multiplied as they lie where they are of the weight's codec, without zero points", () => {
-    const alike = (weight: Format, x: Format) => parse(dispatchOf(plan({ weight, x }))).alike;
+    const alike = (weight: Format, x: Format) => linearArguments(dispatchOf(plan({ weight, x }))).alike;
     const rows = (format: Format) => withScale(format, { block: [1, "all"] });
     const [int8, e4m3] = [rows(FORMATS.int8), rows(FORMATS.float8_e4m3)];
     expect(alike(FORMATS.int8, int8)).toBe(true);
     expect(alike(FORMATS.float8_e4m3, e4m3)).toBe(true);
     expect(alike(FORMATS.float8_e4m3, int8)).toBe(false);
     for (const x of [rows(FORMATS.int8_asymmetric), e4m3, FORMATS.bf16]) expect(alike(FORMATS.int8, x)).toBe(false);
-  });
-
-  describe("heads that one row's linear stores itself", () => {
-    const { join } = LINEAR_KERNELS.find(({ id }) => id === "cuda/linear/skinny") as NativeKernel;
-    interface Layer {
-      readonly rows?: number;
-      readonly cache?: Format;
-      readonly queries?: Format | null;
-      readonly interleaved?: boolean;
-      readonly rotary?: number;
-      readonly ring?: boolean;
-      readonly size?: number;
-      readonly k?: number;
-      readonly x?: Format;
-      /** A later step reads the queries as the linear makes them. */
-      readonly shown?: boolean;
-    }
-    const [HEADS, KV_HEADS, KEYS] = [4, 2, 40];
-    /** x -> q, k, v -> rope, caches: the plan, and the dispatches that the linear makes of its step and the one behind it. */
-    function joined(layer: Layer) {
-      const {
-        rows = 1,
-        cache = FORMATS.bf16,
-        queries = FORMATS.bf16,
-        size = 64,
-        k = 256,
-        x: inputs = FORMATS.bf16,
-      } = layer;
-      const { interleaved = false, rotary = size, ring = false } = layer;
-      const g = new GraphBuilder({ P: 30 });
-      const x = g.one("quantize", [g.input("x", dense("f32", [rows, k]))], { format: inputs }, "codes");
-      const table = g.weight("angles", dense("f32", [KEYS, rotary]));
-      const linear = (name: string, heads: number) =>
-        g.one("linear", [x, g.weight(`${name}.weight`, stored(FORMATS.int8, [heads * size, k]))], {}, name);
-      const [q, key, value] = [linear("q", HEADS), linear("k", KV_HEADS), linear("v", KV_HEADS)];
-      const turned = (source: ValueId, heads: number, name: string) =>
-        g.one("rope", [source, table], { heads, position: "P", ...(interleaved ? { interleaved } : {}), rotary }, name);
-      const written = (name: string, source: ValueId) => {
-        const state = g.state(name, stored(cache, [KV_HEADS, KEYS, size]));
-        return g.one("kv_write", [state, source], { position: "P", ...(ring ? { ring } : {}) }, `${name}.written`);
-      };
-      const angles = turned(q, HEADS, "rope.q");
-      g.output(
-        "q",
-        queries === null ? angles : g.one("quantize", [angles], { format: queries, heads: HEADS }, "q.codes"),
-      );
-      g.output("keys", written("keys", turned(key, KV_HEADS, "rope.k")));
-      g.output("values", written("values", value));
-      if (layer.shown) {
-        const norm = g.weight("norm", dense("f32", [HEADS * size]));
-        g.output("shown", g.one("rmsnorm", [q, norm], { eps: 1e-5 }, "shown"));
-      }
-      const made = makePlan(g.build(), { kernels: [...kernels, ...ROWS_KERNELS], capabilities: hopper });
-      const contexts = made.steps.map(
-        (step) => new BuildContext(new BoundStep(made.graph, step, { P: 30 }), made.memory, hopper, { P: 30 }),
-      );
-      const at = made.steps.findIndex(({ kind }) => kind === "linear");
-      expect(made.steps[at + 1]?.kind).toBe("rope_kv");
-      const { choices, symbols } = made.buckets[0] as (typeof made.buckets)[number];
-      const built = buildBucket(made, symbols, choices as Choice<NativeKernel>[], hopper);
-      const dispatches = join?.(contexts[at] as BuildContext, contexts[at + 1] as BuildContext) ?? null;
-      return { made, dispatches, entries: built.map(({ dispatch }) => dispatch.entry.name) };
-    }
-
-    test("go where attention reads them: turned queries, then keys and values in their caches", () => {
-      const { made, dispatches } = joined({});
-      expect(dispatches?.length).toBe(1);
-      const { half, heads } = parse(dispatches?.[0] as NativeDispatch);
-      const named = (name: string) =>
-        expect.objectContaining({ id: made.graph.values.find((v) => v.name === name)?.id });
-      expect(half).toBe(32);
-      const [angles, position] = [expect.objectContaining({ kind: "dense" }), 0];
-      const bf16 = { rounding: 1, offset: 0 };
-      expect(heads).toEqual([
-        { heads: HEADS, angles, position, ...bf16, out: named("q.codes"), cache: -1, keys: 0 },
-        { heads: KV_HEADS, angles, position, ...bf16, out: named("keys"), cache: 0, keys: KEYS },
-        { heads: KV_HEADS, angles: undefined, position: -1, ...bf16, out: named("values"), cache: 0, keys: KEYS },
-      ]);
-    });
-
-    test("take one launch, and their own where something else reads what the linear makes", () => {
-      expect(joined({}).entries).toEqual(["rows/quantize", "linear/skinny"]);
-      expect(joined({ shown: true }).entries.slice(1, 3)).toEqual(["linear/skinny", "rows/rope_kv"]);
-      expect(joined({ ring: true }).entries).toEqual(["rows/quantize", "linear/skinny", "rows/rope_kv"]);
-    });
-
-    test("may be float32 queries and caches of f16", () => {
-      const { dispatches } = joined({ queries: null, cache: FORMATS.f16 });
-      expect(parse(dispatches?.[0] as NativeDispatch).heads.map(({ rounding }) => rounding)).toEqual([0, 2, 2]);
-    });
-
-    test("are not stored over what it still reads", () => {
-      const { made } = joined({});
-      const id = (name: string) => made.graph.values.find((value) => value.name === name)?.id as ValueId;
-      expect(made.memory.slotOf.get(id("codes"))).not.toBe(made.memory.slotOf.get(id("q.codes")));
-      expect(made.memory.live.get(id("codes"))?.[1]).toBe(made.memory.live.get(id("q.codes"))?.[0]);
-    });
-
-    test.each<[string, Layer]>([
-      ["several rows", { rows: 2 }],
-      ["a cache with scales", { cache: withScale(FORMATS.int8, { block: [1, "all"] }) }],
-      ["queries with scales", { queries: withScale(FORMATS.float8_e4m3, { block: [1, "all"] }) }],
-      ["neighbours that are turned together", { interleaved: true }],
-      ["heads that are turned in part", { rotary: 32 }],
-      ["a ring of keys", { ring: true }],
-      ["heads whose halves are no power of two", { size: 96 }],
-      ["rows that several blocks share", { k: 20480 }],
-    ])("take a step of their own: %s", (_, layer) => {
-      expect(joined(layer).dispatches).toBeNull();
-    });
   });
 
   test("only names of kernels on trial put a feature on trial", () => {
@@ -378,9 +196,9 @@ describe("linear on CUDA", () => {
   test("float32 activations are split, never rounded", () => {
     const made = plan({ weight: FORMATS.bf16, rows: 4096, ...big });
     expect(chosen(made).kernel.id).toBe("cuda/linear/cublaslt_bf16_split");
-    const [carrier, xParts, wParts, scaledX] = parse(dispatchOf(made)).rest;
+    const [carrier, xParts, wParts, scaledX] = linearArguments(dispatchOf(made)).rest;
     expect([carrier, xParts, wParts, scaledX]).toEqual([1, 3, 1, 1]);
-    expect(parse(dispatchOf(plan({ weight: FORMATS.bf16 }))).rest.slice(-2)).toEqual([0, 3]);
+    expect(linearArguments(dispatchOf(plan({ weight: FORMATS.bf16 }))).rest.slice(-2)).toEqual([0, 3]);
   });
 
   test("float8 tensor cores, whose sums are short, are used only where the linear declares such sums", () => {
