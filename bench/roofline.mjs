@@ -8,7 +8,7 @@ import { formatsOf, inputFormat, unitOf } from "./recipes.mjs";
 /** Bytes that the inputs of a run take together at least, where it holds several: more than any cache. */
 const ROTATED = 160 * 2 ** 20;
 /** Inputs, each with its own weight, that one run takes: the host does not submit small products as fast as they end. */
-export const copiesOf = (size) => Math.min(16, Math.ceil(ROTATED / (4 * size * size)));
+const copiesOf = (size) => Math.min(16, Math.ceil(ROTATED / (4 * size * size)));
 
 export async function roofline(session, options) {
   const { sizes, recipes } = casesOf("roofline", options);
