@@ -3,7 +3,8 @@ import { type Recording, recordDevice } from "../../src/backends/trace/record.js
 import { destroyDevice, requestGpu } from "../../src/backends/webgpu/adapter.js";
 import { loadModel } from "../../src/models/model.js";
 import { open } from "../../src/runtime/device.js";
-import { collect, failure, load } from "../support/generate.js";
+import { failure } from "../support/failure.js";
+import { collect, load } from "../support/generate.js";
 
 let gpu: GPUDevice;
 let recording: Recording;

@@ -1,4 +1,3 @@
-import { expect } from "vitest";
 import { FewbitError } from "../../src/core/errors.js";
 import { createSource } from "../../src/io/source.js";
 
@@ -11,16 +10,6 @@ export function headerFile(header: string | Uint8Array, data: number | Uint8Arra
   bytes.set(text, 8);
   bytes.set(body, 8 + text.byteLength);
   return bytes;
-}
-
-/** The FewbitError that a promise must reject with. */
-export async function failure(promise: Promise<unknown>): Promise<FewbitError> {
-  const error = await promise.then(
-    () => undefined,
-    (reason: unknown) => reason,
-  );
-  expect(error).toBeInstanceOf(FewbitError);
-  return error as FewbitError;
 }
 
 /** A source that remembers what was read of it and whether it was closed. */

@@ -1,7 +1,7 @@
 import { readFileSync } from "node:fs";
-import { expect } from "vitest";
-import { FewbitError } from "../../src/core/errors.js";
+import type { FewbitError } from "../../src/core/errors.js";
 import { parseConfig } from "../../src/models/config.js";
+import { thrown } from "./failure.js";
 
 /** An object of config.json; those below are of every architecture, with the sizes of the bundled model. */
 export type Json = Record<string, unknown>;
@@ -31,15 +31,7 @@ export const qwenMoe = {
 export const qwen2 = { ...llama, architectures: ["Qwen2ForCausalLM"], sliding_window: 64, use_sliding_window: false };
 
 /** What a config is refused with. */
-export function failure(json: Json): FewbitError {
-  try {
-    parseConfig(json);
-  } catch (error) {
-    expect(error).toBeInstanceOf(FewbitError);
-    return error as FewbitError;
-  }
-  throw new Error("the config was accepted");
-}
+export const failure = (json: Json): FewbitError => thrown(() => parseConfig(json));
 
 export const without = (field: string, json: Json = llama) =>
   Object.fromEntries(Object.entries(json).filter(([name]) => name !== field));

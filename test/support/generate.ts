@@ -1,5 +1,3 @@
-import { expect } from "vitest";
-import { FewbitError } from "../../src/core/errors.js";
 import type { LoadModelOptions } from "../../src/models/load.js";
 import { type GeneratedToken, type GenerateOptions, loadModel, type Model } from "../../src/models/model.js";
 import { type Device, open } from "../../src/runtime/device.js";
@@ -20,16 +18,6 @@ export async function collect(
   const tokens: GeneratedToken[] = [];
   for await (const token of model.generate(prompt, { ignoreEos: true, maxTokens: 12, ...options })) tokens.push(token);
   return tokens;
-}
-
-/** The FewbitError that a promise must reject with. */
-export async function failure(promise: Promise<unknown>): Promise<FewbitError> {
-  const error = await promise.then(
-    () => new Error("nothing was thrown"),
-    (reason: unknown) => reason,
-  );
-  expect(error).toBeInstanceOf(FewbitError);
-  return error as FewbitError;
 }
 
 /** Seventeen tokens of the tiny model's tokenizer. */

@@ -5,8 +5,8 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import { type AdapterChoice, destroyDevice, requestGpu } from "../../src/backends/webgpu/adapter.js";
 import { provisionSwiftShader } from "../../src/backends/webgpu/node.js";
-import { FewbitError } from "../../src/core/errors.js";
 import { Built } from "../setup/built.js";
+import { failure } from "../support/failure.js";
 
 /** A GPU object with the adapters given: what a browser's, or a caller's own, looks like from here. */
 function fakeGpu(adapters: { software?: Partial<GPUAdapterInfo>; hardware?: Partial<GPUAdapterInfo> }): GPU {
@@ -21,15 +21,6 @@ function fakeGpu(adapters: { software?: Partial<GPUAdapterInfo>; hardware?: Part
     requestAdapter: async (options: GPURequestAdapterOptions = {}) =>
       (options.forceFallbackAdapter ? software : (hardware ?? software)) ?? null,
   } as unknown as GPU;
-}
-
-async function failure(promise: Promise<unknown>): Promise<FewbitError> {
-  const error = await promise.then(
-    () => null,
-    (reason: unknown) => reason,
-  );
-  expect(error).toBeInstanceOf(FewbitError);
-  return error as FewbitError;
 }
 
 const environment = { ...process.env };

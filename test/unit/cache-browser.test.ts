@@ -8,7 +8,7 @@ import {
   eitherStore,
   privateFileStore,
 } from "../../src/io/cache-browser.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 import { RangeServer } from "../support/range-server.js";
 
 const DATA = Uint8Array.from({ length: 1_000_000 }, (_, i) => (i * 7 + (i >> 8)) & 255);

@@ -15,7 +15,8 @@ import { saveQuantized } from "../../src/models/save.js";
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { searchRanges } from "../../src/quantize/ranges.js";
 import { InputStatistics, outputError } from "../../src/quantize/statistics.js";
-import { failure, load, PROMPT, reference } from "../support/generate.js";
+import { failure } from "../support/failure.js";
+import { load, PROMPT, reference } from "../support/generate.js";
 import { randomUniform, tinyModel } from "../support/tiny-model.js";
 
 const TEXT =

@@ -2,7 +2,7 @@ import { describe, expect, test } from "vitest";
 import { openCheckpoint } from "../../src/io/checkpoint.js";
 import { openSafetensors, writeSafetensors } from "../../src/io/safetensors.js";
 import { openDirectory, openSource } from "../../src/io/source.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 
 const MODEL = "models/fewbit-tiny/model.safetensors";
 

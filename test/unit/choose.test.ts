@@ -1,18 +1,8 @@
 import { describe, expect, test } from "vitest";
-import { FewbitError } from "../../src/core/errors.js";
 import { bucketFor, explainPlan, makePlan, type PlanOptions } from "../../src/plan/plan.js";
 import type { KernelRow, Requirement } from "../../src/plan/select.js";
+import { thrown } from "../support/failure.js";
 import { device, kernel, small } from "../support/toy-plan.js";
-
-function failure(run: () => unknown): FewbitError {
-  try {
-    run();
-  } catch (error) {
-    expect(error).toBeInstanceOf(FewbitError);
-    return error as FewbitError;
-  }
-  throw new Error("nothing was thrown");
-}
 
 describe("choosing kernels", () => {
   const never = (reason: string): Requirement => ({ unmet: () => reason });
@@ -45,7 +35,7 @@ memory: weights 1280 B, state 0 B, activations 2048 B in 1 slots`,
 
   test("no kernel is an error that says the step and every reason", () => {
     const kernels = [kernel("a", "linear", 1, [never("it is Sunday")]), kernel("b", "linear", 1, [never("it rains")])];
-    const error = failure(() =>
+    const error = thrown(() =>
       plan(kernels, { notConsidered: [{ id: "cuda/*", reason: "not considered: no addon" }] }),
     );
     expect(error.code).toBe("plan/no-kernel");
@@ -56,7 +46,7 @@ memory: weights 1280 B, state 0 B, activations 2048 B in 1 slots`,
       /cuda\/\* +no +not considered/,
     ])
       expect(error.message).toMatch(text);
-    expect(failure(() => plan([])).code).toBe("plan/no-kernel");
+    expect(thrown(() => plan([])).code).toBe("plan/no-kernel");
   });
 
   test("requirements are asked in order, up to the first that is not met; ranking never admits", () => {
@@ -88,7 +78,7 @@ memory: weights 1280 B, state 0 B, activations 2048 B in 1 slots`,
   });
 
   test("an activation larger than the device's buffers is plan/memory", () => {
-    const error = failure(() => makePlan(small(), device([kernel("a", "linear")], 2047)));
+    const error = thrown(() => makePlan(small(), device([kernel("a", "linear")], 2047)));
     expect(error).toMatchObject({ code: "plan/memory", context: { needed: 2048, limit: 2047 } });
   });
 
@@ -97,11 +87,11 @@ memory: weights 1280 B, state 0 B, activations 2048 B in 1 slots`,
     const bucket = (T: number) => bucketFor(built, { T });
     expect([0, 1, 2, 4, 5, 16].map(bucket)).toEqual([0, 0, 1, 1, 2, 2]);
     for (const T of [17, -1, 1.5, Number.NaN]) {
-      expect(failure(() => bucket(T))).toMatchObject({
+      expect(thrown(() => bucket(T))).toMatchObject({
         code: "argument/invalid",
         context: { name: "symbol T", value: T },
       });
     }
-    expect(failure(() => bucketFor(built, {}))).toMatchObject({ code: "argument/invalid" });
+    expect(thrown(() => bucketFor(built, {}))).toMatchObject({ code: "argument/invalid" });
   });
 });

@@ -10,7 +10,7 @@ import { folderStore } from "../../src/io/node.js";
 import { openWeights } from "../../src/io/quantized.js";
 import { sha256 } from "../../src/io/sha256.js";
 import { readJson } from "../../src/io/source.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 import { type GgufEntry, writeGguf } from "../support/gguf.js";
 import { RangeServer } from "../support/range-server.js";
 import { tinyModel } from "../support/tiny-model.js";

@@ -6,7 +6,7 @@ import { openModelFolder } from "../../src/io/model-folder.js";
 import { openWeights } from "../../src/io/quantized.js";
 import { memorySource, readJson } from "../../src/io/source.js";
 import { parseConfig } from "../../src/models/config.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 import { type GgufEntry, writeGguf } from "../support/gguf.js";
 
 const WORDS = ["<s>", "</s>", "a", "b", "ab"];

@@ -1,7 +1,7 @@
 import { describe, expect, test } from "vitest";
-import { FewbitError } from "../../src/core/errors.js";
 import { FORMATS } from "../../src/formats/table.js";
 import { concreteShape, dense, GraphBuilder, showType, stored, type ValueId } from "../../src/ir/graph.js";
+import { thrown } from "../support/failure.js";
 
 const { f32, int4_tinygemm: int4, mxfp4 } = FORMATS;
 
@@ -23,16 +23,6 @@ function bench() {
   };
 }
 type Bench = ReturnType<typeof bench>;
-
-function failure(run: () => unknown): FewbitError {
-  try {
-    run();
-  } catch (error) {
-    expect(error).toBeInstanceOf(FewbitError);
-    return error as FewbitError;
-  }
-  throw new Error("nothing was thrown");
-}
 
 const rope = { heads: 4, position: "past" };
 const sdpa = { heads: 4, kvHeads: 2, scale: 1, causal: true, position: "past" };
@@ -164,7 +154,7 @@ describe("what does not fit is refused by name, and nothing is added", () => {
   ];
   test.each(cases)("%s", (_, build, code, text) => {
     const b = bench();
-    const error = failure(() => build(b));
+    const error = thrown(() => build(b));
     expect(error.code).toBe(code);
     expect(error.message).toMatch(text);
     b.g.output("still works", b.g.one("unary", [b.x], { fn: "relu" }));
@@ -173,7 +163,7 @@ describe("what does not fit is refused by name, and nothing is added", () => {
 
   test("a symbol whose largest value is no count", () => {
     for (const max of [-1, 1.5, Number.NaN]) {
-      expect(failure(() => new GraphBuilder({ T: max }))).toMatchObject({ code: "argument/invalid" });
+      expect(thrown(() => new GraphBuilder({ T: max }))).toMatchObject({ code: "argument/invalid" });
     }
   });
 });
@@ -181,7 +171,7 @@ describe("what does not fit is refused by name, and nothing is added", () => {
 test("what an in-place op has updated is read through its result only", () => {
   const { g, cache, k, x } = bench();
   const written = g.one("kv_write", [cache, k], { position: "past" }, "written");
-  const error = failure(() => g.one("sdpa", [x, cache, written], sdpa));
+  const error = thrown(() => g.one("sdpa", [x, cache, written], sdpa));
   expect(error).toMatchObject({ code: "graph/invalid" });
   expect(error.message).toMatch(/reads cache, which written has updated in place: read written instead/);
   expect(() => g.one("sdpa", [x, written, written], sdpa)).not.toThrow();
@@ -198,5 +188,5 @@ test("a built graph keeps what it had: later building does not change it", () =>
 
 test("a shape with bound symbols is concrete; an unbound symbol is an error", () => {
   expect(concreteShape(["T", 3], { T: 2 })).toEqual([2, 3]);
-  expect(failure(() => concreteShape(["T"], {}))).toMatchObject({ code: "graph/invalid" });
+  expect(thrown(() => concreteShape(["T"], {}))).toMatchObject({ code: "graph/invalid" });
 });

@@ -1,7 +1,8 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { adjustLogits, sampleToken } from "../../src/ir/sample.js";
-import { collect, failure, load, PROMPT, reference } from "../support/generate.js";
+import { failure } from "../support/failure.js";
+import { collect, load, PROMPT, reference } from "../support/generate.js";
 
 const logits = fc.float32Array({ min: -30, max: 30, noNaN: true, minLength: 1, maxLength: 40 });
 const settings = { topK: 0, topP: 1, seed: 3, step: 1 };

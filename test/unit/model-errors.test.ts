@@ -3,7 +3,8 @@ import type { TensorEntry } from "../../src/io/safetensors.js";
 import type { LoadModelOptions } from "../../src/models/load.js";
 import type { GenerateOptions } from "../../src/models/model.js";
 import { int4WeightOnly } from "../../src/quantize/configs.js";
-import { collect, failure, load, PROMPT, reference } from "../support/generate.js";
+import { failure } from "../support/failure.js";
+import { collect, load, PROMPT, reference } from "../support/generate.js";
 import { TINY_CONFIG, tinyModel } from "../support/tiny-model.js";
 
 describe("arguments of generate that are refused, before anything runs", () => {

@@ -2,7 +2,6 @@ import { readdirSync, readFileSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { openTrace } from "../../src/backends/trace/device.js";
 import { WEBGPU_KERNELS } from "../../src/backends/webgpu/kernels/table.js";
-import { FewbitError } from "../../src/core/errors.js";
 import { dequantize, type QuantizedTensor, sliceRows } from "../../src/formats/tensor.js";
 import { openCheckpoint } from "../../src/io/checkpoint.js";
 import { type TensorEntry, type TensorStore, writeSafetensors } from "../../src/io/safetensors.js";
@@ -15,6 +14,7 @@ import { planWeights } from "../../src/models/weights.js";
 import { parseQuantizeName } from "../../src/quantize/names.js";
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { Device, open } from "../../src/runtime/device.js";
+import { failure } from "../support/failure.js";
 import { tinyModel } from "../support/tiny-model.js";
 
 const ROOT = "test/golden/models";
@@ -38,15 +38,7 @@ async function opened(name: string, change = (entries: TensorEntry[]) => entries
   return { store, specs: tensorSpecs(parseConfig(json(name))), [Symbol.asyncDispose]: () => store.close() };
 }
 
-async function failure(run: () => unknown): Promise<FewbitError> {
-  try {
-    await run();
-  } catch (error) {
-    expect(error).toBeInstanceOf(FewbitError);
-    return error as FewbitError;
-  }
-  throw new Error("nothing was thrown");
-}
+const refusal = (run: () => unknown) => failure(Promise.resolve().then(run));
 
 /** bf16 numbers of a tensor. */
 async function numbers(store: TensorStore, name: string): Promise<Float32Array> {
@@ -100,7 +92,7 @@ describe("a tensor that holds several weights", () => {
           : entry,
       );
     await using model = await opened("phi3", short);
-    const error = await failure(() => planWeights(model.store, model.specs, null));
+    const error = await refusal(() => planWeights(model.store, model.specs, null));
     expect(error.code).toBe("shape/mismatch");
     expect(error.message).toContain("model.layers.0.self_attn.qkv_proj.weight");
   });
@@ -114,7 +106,7 @@ test("GPT-2 checkpoints may leave out the prefix of their names; a missing tenso
   const [a, b] = [planWeights(full.store, full.specs, null), planWeights(model.store, model.specs, null)];
   for (const spec of model.specs) expect(await b.load(spec, {})).toEqual(await a.load(spec, {}));
   await using gone = await opened("gpt2", (entries) => bare(entries).filter(({ name }) => name !== "wpe.weight"));
-  expect(await failure(() => planWeights(gone.store, gone.specs, null))).toMatchObject({
+  expect(await refusal(() => planWeights(gone.store, gone.specs, null))).toMatchObject({
     code: "model/missing-tensor",
     context: { name: "transformer.wpe.weight" },
   });

@@ -5,7 +5,8 @@ import type { LoadModelOptions } from "../../src/models/load.js";
 import type { GeneratedToken, Model } from "../../src/models/model.js";
 import { int8WeightOnly, perGroup } from "../../src/quantize/configs.js";
 import { parseQuantizeName } from "../../src/quantize/names.js";
-import { collect, failure, load, PROMPT, reference } from "../support/generate.js";
+import { failure } from "../support/failure.js";
+import { collect, load, PROMPT, reference } from "../support/generate.js";
 import { TINY_CONFIG, tinyModel } from "../support/tiny-model.js";
 
 const ids = (tokens: readonly GeneratedToken[]) => tokens.map((token) => token.id);

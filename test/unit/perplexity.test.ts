@@ -1,7 +1,8 @@
 import { readFile } from "node:fs/promises";
 import { describe, expect, test } from "vitest";
 import { evaluatePerplexity, textWindows, type WindowLoss, windowLoss } from "../../src/models/evaluate.js";
-import { failure, reference } from "../support/generate.js";
+import { failure } from "../support/failure.js";
+import { reference } from "../support/generate.js";
 import { tinyModel } from "../support/tiny-model.js";
 
 describe("windows of a text", () => {

@@ -12,7 +12,7 @@ import { outlineModel } from "../../src/models/outline.js";
 import { planWeights } from "../../src/models/weights.js";
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { type Device, open } from "../../src/runtime/device.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 import { randomUniform, TINY_CONFIG, tinyModel } from "../support/tiny-model.js";
 
 const LINEAR = /\.(q|k|v|o|gate|up|down)_proj\.weight$/;

@@ -11,7 +11,8 @@ import {
   writeSafetensors,
 } from "../../src/io/safetensors.js";
 import { memorySource } from "../../src/io/source.js";
-import { failure, headerFile as file, spySource as spy } from "../setup/safetensors.js";
+import { headerFile as file, spySource as spy } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 
 const MODEL = "models/fewbit-tiny/model.safetensors";
 

@@ -17,7 +17,7 @@ import { isLinearRole } from "../../src/models/weights.js";
 import { listQuantizeNames, parseQuantizeName } from "../../src/quantize/names.js";
 import { quantizeTensor } from "../../src/quantize/quantize.js";
 import { open } from "../../src/runtime/device.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 import { loadEveryWay } from "../support/stored.js";
 import { TINY_CONFIG, tinyModel } from "../support/tiny-model.js";
 

@@ -7,7 +7,7 @@ import { pathToFileURL } from "node:url";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { openUrl } from "../../src/io/http.js";
 import { type ByteSource, memorySource, openDirectory, openSource, readJson } from "../../src/io/source.js";
-import { failure } from "../setup/safetensors.js";
+import { failure } from "../support/failure.js";
 
 const DATA = Uint8Array.from({ length: 200_000 }, (_, i) => (i * 7 + (i >> 8)) & 255);
 
