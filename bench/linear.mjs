@@ -1,12 +1,9 @@
 // One linear: weights rotate through copies that no cache holds; inputs are quantized already.
 import { casesOf } from "./cases.mjs";
 import { storedLayout } from "./library.mjs";
-import { clock, graphBuilder, matrix, run } from "./program.mjs";
+import { clock, graphBuilder, matrix, ROTATED, run } from "./program.mjs";
 import { randomDense, randomTensor } from "./random.mjs";
 import { formatsOf, inputFormat, unitOf } from "./recipes.mjs";
-
-/** Bytes that the copies of a weight take together at least: more than any cache. */
-const ROTATED = 160 * 2 ** 20;
 
 export async function linear(session, options) {
   const { shapes, rows, recipes } = casesOf("linear", options);

@@ -65,7 +65,7 @@ function randomWeights(graph) {
   };
 }
 
-/** A graph whose every node is what `change(node, quantized)` makes of it; `quantized(id, shape, attrs)` is the value of a quantize before it. */
+/** A graph whose every node is what `change(node, values, quantized)` makes of it; `quantized(id, shape, attrs)` is the value of a quantize before it. */
 function rewritten(graph, change) {
   const values = [...graph.values];
   const nodes = graph.nodes.flatMap((node) => {
@@ -77,7 +77,7 @@ function rewritten(graph, change) {
       before.push({ op: "quantize", inputs: [id], outputs: [made.id], attrs });
       return made.id;
     };
-    const changed = change(node, values, quantized);
+    const changed = change(node, values, quantized); // fills `before`
     return [...before, changed];
   });
   return { ...graph, values, nodes };

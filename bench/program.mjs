@@ -1,6 +1,9 @@
 // Programs of a bench: a graph, its weights on the device, and a way to wait for it that reads next to nothing.
 import { dense, GraphBuilder, stored } from "./library.mjs";
 
+/** Bytes that what runs rotate through takes together at least: more than any cache. */
+export const ROTATED = 160 * 2 ** 20;
+
 /** A graph builder whose operands may be dense or stored, with a state that no step touches: reading it waits for the runs before. */
 export function graphBuilder(symbols = {}) {
   const g = new GraphBuilder(symbols);

@@ -1,12 +1,10 @@
 // ReLU -> Linear with M = K = N, end to end: what each recipe should gain over bf16, and what it does.
 import { casesOf } from "./cases.mjs";
 import { storedLayout } from "./library.mjs";
-import { clock, graphBuilder, matrix, run } from "./program.mjs";
+import { clock, graphBuilder, matrix, ROTATED, run } from "./program.mjs";
 import { randomDense, randomTensor } from "./random.mjs";
 import { formatsOf, inputFormat, unitOf } from "./recipes.mjs";
 
-/** Bytes that the inputs of a run take together at least, where it holds several: more than any cache. */
-const ROTATED = 160 * 2 ** 20;
 /** Inputs, each with its own weight, that one run takes: the host does not submit small products as fast as they end. */
 const copiesOf = (size) => Math.min(16, Math.ceil(ROTATED / (4 * size * size)));
 

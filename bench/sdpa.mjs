@@ -1,10 +1,9 @@
 // Attention: one token after a full cache, and whole prompts.
 import { casesOf } from "./cases.mjs";
 import { CODECS, FLOAT8_PROBABILITIES, FORMATS, kvFormat, storedLayout, withScale } from "./library.mjs";
-import { clock, graphBuilder, run } from "./program.mjs";
+import { clock, graphBuilder, ROTATED, run } from "./program.mjs";
 import { randomDense, randomTensor } from "./random.mjs";
 
-const ROTATED = 160 * 2 ** 20;
 /** Attentions that a run holds at least: a token has one in each layer, and one alone would be timed with its submission. */
 const LAYERS = 4;
 

@@ -19,8 +19,6 @@ export interface KernelRow {
   readonly fusions?: readonly string[];
   /** The fractions of the device's bandwidth and arithmetic that the kernel reaches on large inputs; they only rank. */
   readonly efficiency: { readonly bandwidth: number; readonly compute: number };
-  /** Seconds that a run takes beside its dispatch and that, where the kernel begins only when the one before it has ended. */
-  readonly latency?: number;
   /** The kernel computes whole tiles of this many rows of its first output, so few rows cost as much as a tile. */
   readonly rowTile?: number;
   /** Extra bytes of scratch memory the kernel needs while it runs. */
@@ -107,9 +105,8 @@ function estimate(kernel: KernelRow, bound: BoundStep, device: Capabilities): Co
   const wasted = kernel.rowTile === undefined || rows === 0 ? 1 : roundUp(rows, kernel.rowTile) / rows;
   const compute = (bound.flops * wasted) / (device.flops * kernel.efficiency.compute);
   const busy = Math.max(memory, compute);
-  const dispatch = device.dispatchSeconds + (kernel.latency ?? 0);
-  const slower = memory >= compute ? "bandwidth" : "compute";
-  return { seconds: dispatch + busy, bound: dispatch > busy ? "dispatch" : slower };
+  if (device.dispatchSeconds > busy) return { seconds: device.dispatchSeconds + busy, bound: "dispatch" };
+  return { seconds: device.dispatchSeconds + busy, bound: memory >= compute ? "bandwidth" : "compute" };
 }
 
 function firstUnmet(kernel: KernelRow, bound: BoundStep, device: Capabilities): string | null {

@@ -113,7 +113,7 @@ describe("linear on CUDA", () => {
     expect(id({ weight: FORMATS.int4_int_zero, ...many })).toBe("cuda/linear/cublaslt_bf16_split");
     // Its zero point may be any byte, so the row's largest value is not known from its scales.
     expect(id({ weight: FORMATS.uint2, ...many })).toBe("cuda/linear/cublaslt_bf16_split");
-    expect(id({ weight: FORMATS.int8, ...many, x: FORMATS.int8 })).toBe("cuda/linear/wgmma_bytes");
+    expect(id({ weight: FORMATS.int8, ...many, x: FORMATS.int8 })).toBe("cuda/linear/wgmma");
     expect(id({ weight: FORMATS.int4_symmetric, ...many, x: FORMATS.int8 })).toMatch(/general|plain/);
   });
 
@@ -205,20 +205,20 @@ describe("linear on CUDA", () => {
     const made = { weight: FORMATS.float8_e4m3, x: FORMATS.float8_e4m3, rows: 4096, ...big };
     const refused = chosen(plan(made)).explanation;
     expect(refused.kernel).toBe("cuda/linear/wgmma_bf16");
-    for (const row of ["cuda/linear/wgmma_bytes", "cuda/linear/cublaslt_finish"])
+    for (const row of ["cuda/linear/wgmma", "cuda/linear/cublaslt_finish"])
       expect(refused.rejected.find(({ id }) => id === row)?.reason).toContain("14 bits");
     expect(id({ ...made, fastAccum: true })).toBe("cuda/linear/cublaslt");
   });
 
-  test("small products go to the kernel that begins while the one before it ends, large ones to the faster one", () => {
-    const made = { weight: FORMATS.float8_e4m3, x: FORMATS.float8_e4m3, fastAccum: true };
-    const sized = (size: number) => id({ ...made, rows: size, n: size, k: size });
-    expect([1024, 2048, 4096].map(sized)).toEqual([
-      "cuda/linear/wgmma_bytes",
-      "cuda/linear/cublaslt",
-      "cuda/linear/cublaslt",
-    ]);
-    expect(id({ weight: FORMATS.bf16, x: FORMATS.bf16, rows: 1024, n: 1024, k: 1024 })).toBe("cuda/linear/cublaslt");
+  test("one wave of short tiles goes to the kernel that has weights before x, where rows have scales; all else to the library", () => {
+    const rows = withScale(FORMATS.float8_e4m3, { block: [1, "all"] });
+    const made = { weight: rows, x: rows, fastAccum: true, n: 1024, k: 1024 };
+    const at = (more: Partial<Case>) => id({ ...made, ...more });
+    expect([64, 512, 1024].map((count) => at({ rows: count }))).toEqual(Array(3).fill("cuda/linear/wgmma_short"));
+    const whole = withScale(FORMATS.float8_e4m3, { block: ["all", "all"] });
+    for (const more of [{ rows: 32 }, { rows: 1025 }, { n: 1040 }, { k: 1040 }, { weight: whole, x: whole }])
+      expect(at({ rows: 1024, ...more }), JSON.stringify(more)).toBe("cuda/linear/cublaslt");
+    expect(at({ rows: 1024, weight: FORMATS.bf16, x: FORMATS.bf16, fastAccum: false })).toBe("cuda/linear/cublaslt");
   });
 
   test("a device with little shared memory has no room for rings of weights", () => {
